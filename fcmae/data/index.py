@@ -1,0 +1,134 @@
+"""The index beside a folder of WebDataset shards: what is in them and where, so that any sample is one read away.
+
+One file, `index.safetensors`: arrays over shards (`shard_samples`, `shard_bytes`) and over all N samples in shard order
+(`offset` and `size` of the image's bytes in its tar, `label`, -1 where there is none), and a JSON header with the shard
+names, class names, key of every setting that made it. Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fcmae.errors import DataError
+
+INDEX_NAME = "index.safetensors"
+VERSION = "1"
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+
+@dataclass
+class ShardIndex:
+    """S shards with N samples in all; arrays over samples are in shard order."""
+
+    folder: Path
+    shards: list[str]
+    shard_samples: np.ndarray  # (S,) int64
+    shard_bytes: np.ndarray  # (S,) int64
+    offset: np.ndarray  # (N,) int64, of the image's first byte in its tar
+    size: np.ndarray  # (N,) int64, bytes of the image
+    label: np.ndarray  # (N,) int64, -1 = none
+    classes: list[str] = field(default_factory=list)
+    provenance: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._first = np.concatenate([[0], np.cumsum(self.shard_samples)])
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def shard_of(self, sample: int) -> int:
+        """The shard a sample lies in."""
+        return int(np.searchsorted(self._first, sample, side="right")) - 1
+
+    def path(self, shard: int) -> Path:
+        return self.folder / self.shards[shard]
+
+    def check_files(self) -> None:
+        """Raise DataError unless every shard exists in the size the index knows."""
+        for shard, expected in enumerate(self.shard_bytes):
+            try:
+                actual = os.stat(self.path(shard)).st_size
+            except OSError:
+                raise DataError(f"shard {self.shards[shard]} is missing") from None
+            if actual != expected:
+                raise DataError(
+                    f"shard {self.shards[shard]} has {actual:,} bytes where the index expects {expected:,}; "
+                    "write the shards and their index again"
+                )
+
+    def save(self) -> None:
+        """Write the index into its folder, whole or not at all."""
+        header = {
+            "version": VERSION,
+            "shards": json.dumps(self.shards),
+            "classes": json.dumps(self.classes),
+            "provenance": json.dumps(self.provenance),
+        }
+        arrays = {
+            name: np.ascontiguousarray(getattr(self, name), dtype=np.int64)
+            for name in ("shard_samples", "shard_bytes", "offset", "size", "label")
+        }
+        temporary = self.folder / f".{INDEX_NAME}.tmp"
+        save_file(arrays, temporary, metadata=header)
+        os.replace(temporary, self.folder / INDEX_NAME)
+
+
+def read_index(path: str | Path) -> ShardIndex:
+    """The index of a folder of shards, given the folder or the index file itself. Raises DataError."""
+    path = Path(path).expanduser()
+    file = path if path.suffix == ".safetensors" else path / INDEX_NAME
+    if not path.exists():
+        raise DataError("no such file or folder; it must be a folder written by scripts/make_shards.py")
+    if not file.is_file():
+        raise DataError(f"holds no {INDEX_NAME}; write one with scripts/make_shards.py")
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            header = handle.metadata() or {}
+            if header.get("version") != VERSION:
+                raise DataError(f"{INDEX_NAME} is of version {header.get('version')}, this program reads {VERSION}")
+            arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, not a mapping
+    except SafetensorError as error:
+        raise DataError(f"{INDEX_NAME} cannot be read ({error}); write it again with scripts/make_shards.py") from None
+    return ShardIndex(
+        folder=file.parent,
+        shards=json.loads(header["shards"]),
+        classes=json.loads(header["classes"]),
+        provenance=json.loads(header["provenance"]),
+        **arrays,
+    )
+
+
+def split_size(path: str | None) -> int:
+    """Number of samples in a split, without reading more than its header; the demo's is known before it is rendered."""
+    from fcmae.data.demo import SPLITS
+
+    if path == "demo":
+        return SPLITS["train"]
+    return len(read_index(str(path)))
+
+
+def scan_shard(path: Path) -> tuple[list[int], list[int], list[int]]:
+    """Offsets and sizes of the images and their labels (-1 = none), read from the headers of one tar."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            stem, extension = os.path.splitext(member.name)
+            if extension.lower() in IMAGE_EXTENSIONS:
+                images[stem] = (member.offset_data, member.size)
+            elif extension == ".cls":
+                labels[stem] = int(archive.extractfile(member).read())  # type: ignore[union-attr]
+    offsets, sizes = ([image[field] for image in images.values()] for field in (0, 1))
+    return offsets, sizes, [labels.get(stem, -1) for stem in images]

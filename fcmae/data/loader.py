@@ -1,0 +1,181 @@
+"""Batches: a DataLoader whose items are whole micro-batches, numbered from the start of training.
+
+B images of a micro-batch, C channels, H W pixels, V visible patches. Workers ship uint8; normalisation happens on the
+device. Jumping to any step costs nothing, since a micro-batch's samples and all that is random about them follow from
+its number (`fcmae.data.order`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fcmae.data.augment import draw_visible_ids
+from fcmae.data.decode import decode_image
+from fcmae.data.index import ShardIndex
+from fcmae.data.order import BatchPlan, sample_generator
+from fcmae.errors import DataError
+
+View = Callable[[Image.Image, np.random.Generator], Image.Image]
+Batch = dict[str, Tensor]
+
+
+class ShardReader:
+    """Random access into local shards; keeps a bounded number of files open."""
+
+    def __init__(self, index: ShardIndex, max_open: int = 64) -> None:
+        self.index = index
+        self.max_open = max_open
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, sample: int) -> bytes:
+        """The bytes of a sample's image. Raises DataError."""
+        shard = self.index.shard_of(sample)
+        size, offset = int(self.index.size[sample]), int(self.index.offset[sample])
+        data = os.pread(self._open(shard), size, offset)
+        if len(data) != size:
+            raise DataError(f"{self.index.path(shard)} ends inside sample {self.name(sample)}; it was cut short")
+        return data
+
+    def name(self, sample: int) -> str:
+        """The name of a sample's image in its shard, read from the tar header before its bytes."""
+        shard = self.index.shard_of(sample)
+        header = os.pread(self._open(shard), 512, int(self.index.offset[sample]) - 512)
+        return header[:100].rstrip(b"\0").decode("utf-8", "replace")
+
+    def _open(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        if len(self._files) >= self.max_open:
+            os.close(self._files.popitem(last=False)[1])
+        try:
+            self._files[shard] = os.open(self.index.path(shard), os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"shard {self.index.path(shard)} cannot be opened: {error.strerror}") from None
+        return self._files[shard]
+
+    def __getstate__(self) -> dict:
+        return {"index": self.index, "max_open": self.max_open, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+
+@dataclass
+class Samples:
+    """What becomes of a sample: decoded to `channels`, cut to a view, with `visible` patches of `num_patches` drawn."""
+
+    reader: ShardReader
+    view: View
+    channels: int
+    seed: int = 0
+    num_patches: int = 0
+    visible: int = 0
+
+    def batch(self, epoch: int, ids: np.ndarray) -> Batch:
+        """image (B, C, H, W) uint8, label (B,) int64, index (B,) int64 and, where asked for, visible (B, V) int64."""
+        images, visible = [], []
+        for sample in ids.tolist():
+            rng = sample_generator(self.seed, epoch, sample)
+            if self.visible:
+                visible.append(draw_visible_ids(rng, self.num_patches, self.visible))
+            image = np.asarray(self.view(self.decode(sample), rng))
+            images.append(image if image.ndim == 3 else image[..., None])
+        batch = {
+            "image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+            "label": torch.from_numpy(self.reader.index.label[ids]),
+            "index": torch.from_numpy(ids),
+        }
+        if visible:
+            batch["visible"] = torch.from_numpy(np.stack(visible))
+        return batch
+
+    def decode(self, sample: int) -> Image.Image:
+        data = self.reader.read(sample)
+        try:
+            return decode_image(data, self.channels)
+        except Exception as error:  # Pillow raises a dozen types for broken bytes; each is named, none swallowed
+            shard = self.reader.index.path(self.reader.index.shard_of(sample))
+            raise DataError(f"{shard}: {self.reader.name(sample)} cannot be decoded: {error}") from error
+
+
+class _Batches(Dataset):
+    """Item k is the batch `plan(k)` names. A DataError travels as a value: raising it here would bury it in a trace."""
+
+    def __init__(self, samples: Samples, plan: Callable[[int], tuple[int, np.ndarray]]) -> None:
+        self.samples, self.plan = samples, plan
+
+    def __getitem__(self, number: int) -> Batch | DataError:
+        try:
+            return self.samples.batch(*self.plan(number))
+        except DataError as error:
+            return error
+
+
+def train_batches(samples: Samples, plan: BatchPlan, start: int, stop: int, workers: int) -> Iterator[Batch]:
+    """Micro-batches [start, stop) of this rank, in order. Raises DataError for a sample that cannot be used."""
+    return _load(_Batches(samples, plan.micro_batch_samples), range(start, stop), workers)
+
+
+def evaluation_batches(samples: Samples, batch_size: int, rank: int, ranks: int, workers: int) -> Iterator[Batch]:
+    """Every sample exactly once over all ranks, in index order; the last batch may be smaller."""
+    ids = np.arange(len(samples.reader.index))[rank::ranks]
+    plan = _Chunks(ids, batch_size)
+    return _load(_Batches(samples, plan), range(-(-len(ids) // batch_size)), workers)
+
+
+@dataclass
+class _Chunks:
+    ids: np.ndarray
+    batch_size: int
+
+    def __call__(self, number: int) -> tuple[int, np.ndarray]:
+        return 0, self.ids[number * self.batch_size : (number + 1) * self.batch_size]
+
+
+def _load(batches: _Batches, numbers: range, workers: int) -> Iterator[Batch]:
+    loader: DataLoader[Any] = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=min(workers, len(numbers)),
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=3 if min(workers, len(numbers)) else None,
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; only the main one decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def normalise(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """(B, C, H, W) uint8 on any device -> float32, (x / 255 - mean) / std per channel."""
+    shift = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
+    scale = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
+    return (images.float() / 255 - shift) / scale
+
+
+def denormalise(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """The inverse of `normalise`, clipped: (B, C, H, W) float -> uint8."""
+    shift = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
+    scale = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
+    return ((images.float() * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,0 +1,95 @@
+"""The order of samples as a pure function of (seed, epoch), and of everything random about a sample.
+
+An epoch permutes the shards, groups them into blocks of `block_shards` and permutes the samples inside each block, so
+that reading stays within one block's shards at a time. Global batch s of an epoch is samples [s·G, (s+1)·G) of that
+order, G the batch of one optimiser step; the final incomplete batch is dropped. Number of ranks, workers and nodes take
+no part: a rank only picks its share of each batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+# Streams keep the draws of one seed apart: what one place draws never shifts another's.
+SHARDS, BLOCK, SAMPLE = 0, 1, 2
+
+
+def sample_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """The generator of everything random about a sample in an epoch: crop, flip, mask, augmentation."""
+    return np.random.default_rng((seed, SAMPLE, epoch, sample))
+
+
+class EpochOrder:
+    """The permutation of one epoch; blocks are permuted when first asked for, the last few are kept."""
+
+    def __init__(self, shard_samples: np.ndarray, seed: int, epoch: int, block_shards: int) -> None:
+        self.seed, self.epoch = seed, epoch
+        shards = np.random.default_rng((seed, SHARDS, epoch)).permutation(len(shard_samples))
+        first = np.concatenate([[0], np.cumsum(shard_samples)])[:-1]
+        self._blocks = [shards[i : i + block_shards] for i in range(0, len(shards), block_shards)]
+        self._samples = shard_samples
+        self._first = first
+        sizes = [int(shard_samples[block].sum()) for block in self._blocks]
+        self._start = np.concatenate([[0], np.cumsum(sizes)])
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._start[-1])
+
+    def _block(self, number: int) -> np.ndarray:
+        if number not in self._kept:
+            ids = np.concatenate([np.arange(self._first[s], self._first[s] + self._samples[s]) for s in self._blocks[number]])
+            self._kept[number] = np.random.default_rng((self.seed, BLOCK, self.epoch, number)).permutation(ids)
+            if len(self._kept) > 2:
+                self._kept.popitem(last=False)
+        return self._kept[number]
+
+    def samples(self, start: int, stop: int) -> np.ndarray:
+        """Global sample ids at positions [start, stop) of the epoch: (stop - start,) int64."""
+        parts = []
+        while start < stop:
+            number = int(np.searchsorted(self._start, start, side="right")) - 1
+            end = min(stop, int(self._start[number + 1]))
+            parts.append(self._block(number)[start - self._start[number] : end - self._start[number]])
+            start = end
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+@dataclass
+class BatchPlan:
+    """Which samples form which micro-batch of which rank.
+
+    Micro-batch m counts from the start of training: step m // accumulate, part m % accumulate. `batch_size` is global.
+    """
+
+    shard_samples: np.ndarray
+    batch_size: int
+    accumulate: int = 1
+    rank: int = 0
+    ranks: int = 1
+    seed: int = 0
+    block_shards: int = 16
+
+    def __post_init__(self) -> None:
+        self._order: EpochOrder | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return int(self.shard_samples.sum()) // self.batch_size
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one micro-batch on one rank."""
+        return self.batch_size // (self.ranks * self.accumulate)
+
+    def micro_batch_samples(self, number: int) -> tuple[int, np.ndarray]:
+        """Epoch and global sample ids of this rank's micro-batch `number`."""
+        step, part = divmod(number, self.accumulate)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order.epoch != epoch:
+            self._order = EpochOrder(self.shard_samples, self.seed, epoch, self.block_shards)
+        start = step * self.batch_size + (part * self.ranks + self.rank) * self.micro_batch
+        return epoch, self._order.samples(start, start + self.micro_batch)

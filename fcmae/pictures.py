@@ -1,0 +1,96 @@
+"""Pictures of what a model reconstructs: original | masked | reconstruction.
+
+B images, C channels, H W pixels, L patches, P patch side.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from fcmae.data.augment import CentreView
+from fcmae.data.index import ShardIndex
+from fcmae.data.loader import Samples, ShardReader, denormalise, normalise
+from fcmae.model import FCMAE
+from fcmae.sparse.tiles import patchify, unpatchify
+
+GREY = 0.5
+TITLES = ("original", "masked", "reconstruction")
+
+
+@torch.no_grad()
+def reconstruct(model: FCMAE, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """The masked images and their reconstructions, in the normalisation of the input.
+
+    A model trained on per-patch normalised pixels predicts only the pattern of a patch; its mean and deviation are taken
+    from the image. Visible patches are pasted back: the model is not asked to predict them.
+
+    Args:
+        images: (B, C, H, W), normalised. visible: (B, V) int64.
+
+    Returns:
+        masked (B, C, H, W), removed patches NaN, and reconstruction (B, C, H, W).
+    """
+    was_training = model.training
+    model.eval()
+    output = model(images, visible)
+    model.train(was_training)
+    patches = patchify(images.float(), model.patch_size)
+    predicted = output.prediction.float()
+    if model.norm_pix_loss:
+        variance = patches.var(dim=-1, keepdim=True)
+        predicted = predicted * (variance + 1e-6).sqrt() + patches.mean(dim=-1, keepdim=True)
+    removed = output.mask.unsqueeze(-1)
+    masked = torch.where(removed, torch.nan, patches)
+    pasted = torch.where(removed, predicted, patches)
+    return unpatchify(masked, model.patch_size, model.grid), unpatchify(pasted, model.patch_size, model.grid)
+
+
+def write_reconstructions(
+    model: FCMAE, index: ShardIndex, path: Path, *, mean: list[float], std: list[float], seed: int = 0, count: int = 12
+) -> None:
+    """Write a PNG of `count` images of a split, spread over it, each as original | masked | reconstruction."""
+    ids = np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(np.int64)
+    samples = Samples(
+        ShardReader(index), CentreView(model.image_size), model.in_chans, seed, model.num_patches, model.num_visible
+    )
+    batch = samples.batch(0, ids)
+    device = model.mask_token.device
+    images = normalise(batch["image"].to(device), mean, std)
+    masked, reconstruction = reconstruct(model, images, batch["visible"].to(device))
+    hidden = masked.isnan()
+    masked = denormalise(masked.nan_to_num(), mean, std).masked_fill(hidden, round(GREY * 255))
+    save_rows([batch["image"], masked.cpu(), denormalise(reconstruction, mean, std).cpu()], path)
+
+
+def save_rows(columns: list[Tensor], path: Path, groups: int = 2) -> None:
+    """Write uint8 images (B, C, H, W), one tensor per column, as rows under their titles; `groups` rows side by side."""
+    count, channels, height, width = columns[0].shape
+    zoom = max(1, round(112 / width))
+    gap, top = 6, 18
+    groups = min(groups, count)
+    lines = -(-count // groups)
+    cell_w, cell_h = width * zoom + gap, height * zoom + gap
+    group_w = cell_w * len(columns) + 2 * gap
+    canvas = Image.new("RGB", (group_w * groups - gap, top + cell_h * lines + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for group in range(groups):
+        for column, title in enumerate(TITLES[: len(columns)]):
+            draw.text((gap + group * group_w + column * cell_w, 3), title, fill="black")
+    for number in range(count):
+        group, line = divmod(number, lines)
+        for column, images in enumerate(columns):
+            pixels = images[number].permute(1, 2, 0).numpy()
+            pixels = pixels.repeat(3, axis=2) if channels == 1 else pixels[..., :3]
+            tile = Image.fromarray(np.ascontiguousarray(pixels))
+            tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+            canvas.paste(tile, (gap + group * group_w + column * cell_w, top + line * cell_h))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    canvas.save(temporary, "PNG")
+    os.replace(temporary, path)

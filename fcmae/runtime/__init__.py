@@ -1,0 +1,1 @@
+"""The training runtime shared by pretraining and fine-tuning; knows neither model nor data."""

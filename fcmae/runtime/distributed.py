@@ -1,0 +1,72 @@
+"""Processes and devices: who am I among the ranks that torchrun started, and which device is mine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fcmae.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `count`; rank 0 writes files and talks to the user."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in place."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return flag if self.count == 1 else bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
+
+    def barrier(self) -> None:
+        if self.count > 1:
+            dist.barrier()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is the rank's GPU where there is one, else the CPU. Raises ConfigError for a GPU that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError("run.device", name, "no CUDA device is available; allowed here: auto, cpu")
+        number = int(name.split(":")[1]) if ":" in name else local_rank
+        if number >= torch.cuda.device_count():
+            raise ConfigError("run.device", name, f"must be below the {torch.cuda.device_count()} CUDA devices present")
+        return torch.device("cuda", number)
+    return torch.device("cpu")
+
+
+@contextmanager
+def ranks(device: str) -> Iterator[Ranks]:
+    """Join the process group torchrun prepared, if it started more than one process, and leave it at the end."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if count == 1:
+        yield Ranks(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), count, chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,215 @@
+"""The one training loop; pretraining and fine-tuning hand it a model, batches and a loss function.
+
+A step is one optimiser step over `accumulate` micro-batches. Everything random inside a step (stochastic depth, mixup,
+erasing) is seeded by (seed, step, rank), everything random about a sample by its own generator: the step number is all
+that resuming needs, and a run that was cut off anywhere ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fcmae.errors import UserError
+from fcmae.runtime import checkpoint
+from fcmae.runtime.distributed import Ranks
+from fcmae.runtime.progress import Display
+from fcmae.runtime.tracking import Tracker
+from fcmae.settings import RunConfig
+
+Batch = dict[str, Tensor]
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient is no longer a number; the message names the step and the last good checkpoint."""
+
+
+@dataclass
+class Task:
+    """What an application trains.
+
+    batches: start step -> this rank's micro-batches from there to `total_steps`, in order.
+    loss: (model, batch on the device) -> scalar mean loss of the micro-batch. after_step: called with the step just
+    done, after its update. ema: an object with `update(model, step=)` and a state dict, or None.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: CosineLRScheduler
+    batches: Callable[[int], Iterator[Batch]]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    batch_size: int
+    accumulate: int
+    steps_per_epoch: int
+    total_steps: int
+    clip_grad: float | None = None
+    ema: Any = None
+    after_step: Callable[[int], None] | None = None
+
+
+@dataclass
+class _Window:
+    """Steps since the last look at the device: their losses and gradient norms stay there until then."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    waited: float = 0.0
+    since: float = field(default_factory=time.perf_counter)
+
+
+@dataclass
+class Result:
+    """Where a run ended: `stopped_by` names the signal, or is None if it ran to its last step."""
+
+    step: int
+    stopped_by: str | None
+
+
+def fit(task: Task, run: RunConfig, folder: Path, ranks: Ranks, tracker: Tracker, display: Display, start: int) -> Result:
+    """Train from step `start` to the end, to `run.max_steps` or to the first Ctrl-C or SIGTERM; leaves a checkpoint."""
+    stop_at = min(task.total_steps, run.max_steps or task.total_steps)
+    if start >= stop_at:
+        return Result(start, None)
+    model: nn.Module = task.model
+    if ranks.count > 1:
+        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        model = DistributedDataParallel(task.model, device_ids=ids)
+    task.schedule.step_update(start)
+    task.model.train()
+    stop = _StopSignals()
+    batches = task.batches(start)
+    window = _Window()
+    saved = step = start
+
+    def flush(step: int) -> None:
+        nonlocal window
+        _record(window, step, task, ranks, tracker, display, folder)
+        window = _Window()
+
+    def save() -> None:
+        checkpoint.save(folder, step, task.model, task.optimizer, task.ema, ranks, run.keep_checkpoints)
+
+    try:
+        while step < stop_at:
+            _seed_step(run.seed, step, ranks.rank)
+            _step(task, model, batches, run, ranks, window)
+            step += 1
+            task.schedule.step_update(step)
+            if task.ema is not None:
+                task.ema.update(task.model, step=step)
+            look = len(window.losses) == run.log_every or step == stop_at or step % run.checkpoint_every == 0
+            # Alone, stop at once; with others, only where all ranks look, so that they stop together.
+            stopping = stop.received is not None if ranks.count == 1 else look and ranks.any(stop.received is not None)
+            if look or stopping:
+                flush(step)
+            if stopping or step % run.checkpoint_every == 0 or step == stop_at:
+                save()
+                saved = step
+            if stopping:
+                break
+            if task.after_step is not None:
+                before = time.perf_counter()
+                task.after_step(step)
+                window.since += time.perf_counter() - before
+                task.model.train()
+    finally:
+        stop.restore()
+        display.close()
+    assert saved == step
+    return Result(step, stop.name if step < stop_at else None)
+
+
+def _step(task: Task, model: nn.Module, batches: Iterator[Batch], run: RunConfig, ranks: Ranks, window: _Window) -> None:
+    """Forward, backward and update over `accumulate` micro-batches."""
+    total = torch.zeros((), device=ranks.device)
+    for part in range(task.accumulate):
+        before = time.perf_counter()
+        batch = {name: value.to(ranks.device, non_blocking=True) for name, value in next(batches).items()}
+        window.waited += time.perf_counter() - before
+        last = part == task.accumulate - 1
+        hold = nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+        with hold:
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                loss = task.loss(model, batch) / task.accumulate
+            loss.backward()
+        total += loss.detach()
+    parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, task.clip_grad or math.inf)
+    window.rates.append(max(group["lr"] for group in task.optimizer.param_groups))
+    task.optimizer.step()
+    task.optimizer.zero_grad(set_to_none=True)
+    window.losses.append(total)
+    window.norms.append(norm.detach())
+
+
+def _record(
+    window: _Window, step: int, task: Task, ranks: Ranks, tracker: Tracker, display: Display, folder: Path
+) -> None:
+    """Fetch the window's losses from the device, check them and write one record per step. Raises NonFiniteError."""
+    losses = (ranks.sum(torch.stack(window.losses)) / ranks.count).tolist()
+    norms = torch.stack(window.norms).tolist()
+    seconds = time.perf_counter() - window.since
+    speed = len(losses) * task.batch_size / max(seconds, 1e-9)
+    for number, (loss, norm, lr) in enumerate(zip(losses, norms, window.rates, strict=True), step - len(losses) + 1):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            good = checkpoint.find_checkpoint(folder)
+            raise NonFiniteError(
+                f"loss {loss} and gradient norm {norm} at step {number}; the last good checkpoint is "
+                f"{good or 'none'}; continue with a lower optim.lr or with optim.clip_grad=1.0"
+            )
+        tracker.log(
+            {
+                "step": number,
+                "epoch": (number - 1) // task.steps_per_epoch,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": norm,
+                "images_per_second": round(speed, 2),
+                "data_wait": round(window.waited / max(seconds, 1e-9), 4),
+            }
+        )
+    display.update(step, (step - 1) // task.steps_per_epoch, sum(losses) / len(losses), window.rates[-1], speed)
+
+
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator a step may draw from; what was drawn before does not matter."""
+    state = np.random.SeedSequence((seed, step, rank)).generate_state(3)
+    torch.manual_seed(int(state[0]))
+    np.random.seed(int(state[1]))  # noqa: NPY002, timm's mixup draws from the global generator
+    random.seed(int(state[2]))
+
+
+class _StopSignals:
+    """The first Ctrl-C or SIGTERM asks the loop to stop after the current step; the second interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    @property
+    def name(self) -> str | None:
+        return signal.Signals(self.received).name if self.received is not None else None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,82 @@
+"""Metrics: one JSON object per step in metrics.jsonl, always; Weights & Biases where asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fcmae.settings import TrackingConfig
+
+
+class Tracker:
+    """Writes the metrics of a run; on ranks other than 0 it does nothing."""
+
+    def __init__(self, folder: Path, config: TrackingConfig, settings: dict, step: int, active: bool) -> None:
+        """Continue the records of `folder` from `step`; later ones, of a run that was cut off, are removed."""
+        self._file = None
+        self._wandb: Any = None
+        if not active:
+            return
+        path = folder / "metrics.jsonl"
+        _keep_until(path, step)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115, open as long as the run
+        if config.wandb != "disabled":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                name=config.name or folder.name,
+                mode=config.wandb,
+                dir=str(folder),
+                id=_run_id(folder),
+                resume="allow",
+                config=settings,
+            )
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record; `step` is its key."""
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop records after `step` and a torn last line, so that a step is recorded once however often a run is cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _run_id(folder: Path) -> str:
+    """A Weights & Biases id that stays with the run folder, so that a resumed run continues its curves."""
+    import wandb
+
+    path = folder / "wandb_id"
+    if not path.exists():
+        path.write_text(wandb.util.generate_id())
+    return path.read_text().strip()

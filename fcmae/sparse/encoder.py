@@ -1,0 +1,115 @@
+"""One traversal of timm's ConvNeXt V2 for every layout of the visible positions.
+
+B images, C channels, T tile side, V visible tiles. The parameters live in timm's own modules under timm's names; what
+depends on how visible positions are stored is asked of a `Layout`, everything pointwise is written once, here, over
+channels-last features `(..., C)`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from torch import Tensor, nn
+
+
+class Layout(Protocol):
+    """The operations that depend on how visible positions are stored; features are the layout's own, `(..., C)`."""
+
+    def embed(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
+        """Stem convolution (kernel = stride) of the visible patches of (B, C, H, W) images."""
+
+    def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """Depthwise convolution in which removed positions count as zero."""
+
+    def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """Strided convolution (kernel = stride); never leaves a tile."""
+
+    def response_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Global response normalisation (paper section 4) over the visible positions of each image."""
+
+    def drop_path(self, x: Tensor, drop: nn.Module) -> Tensor:
+        """Stochastic depth: drops the branch of whole images."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Features as visible tiles (B, V, T, T, C)."""
+
+
+class Block(ConvNeXtBlock):
+    """timm's ConvNeXt V2 block that also runs over a layout; without one it is timm's block, unchanged."""
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        if layout is None:
+            return super().forward(x)
+        shortcut = x
+        x = layout.depthwise(x, self.conv_dw)
+        x = layer_norm(x, self.norm)
+        x = linear(x, self.mlp.fc1)
+        x = self.mlp.act(x)
+        grn = self.mlp.grn
+        x = layout.response_norm(x, grn.weight, grn.bias, grn.eps)
+        x = linear(x, self.mlp.fc2)
+        return layout.drop_path(x, self.drop_path) + shortcut
+
+
+def adopt_blocks(module: nn.Module) -> None:
+    """Let every ConvNeXt V2 block under `module` accept a layout; parameters, names and dense results stay as they are.
+
+    Only the class of the instance changes (as torch's `fully_shard` does), so a block is still entered through
+    `Module.__call__` and hooks, activation checkpointing, sharding and regional compilation see it in every layout.
+    """
+    for child in module.modules():
+        if type(child) is ConvNeXtBlock:
+            if child.gamma is not None or not hasattr(child.mlp, "grn"):
+                raise ValueError("a layout needs ConvNeXt V2 blocks: with response normalisation, without layer scale")
+            child.__class__ = Block
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm over the channels of channels-last features, whichever axis order the module was built for."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """A linear layer stored as nn.Linear or as a 1x1 convolution (timm has both) over channels-last features."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+def response_scale(sum_of_squares: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """GRN's factor per image and channel, 1 + gamma * norm / (mean of norms + eps); (B, C) in, (B, C) out.
+
+    The norm's subgradient at 0 is 0: GELU underflows to exact zeros, so a channel can vanish in an image, and the plain
+    square root would then send infinity times zero into the backward pass.
+    """
+    alive = sum_of_squares > 0
+    norm = torch.where(alive, sum_of_squares, 1.0).sqrt() * alive
+    return 1.0 + weight.to(norm.dtype) * (norm / (norm.mean(dim=-1, keepdim=True) + eps))
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The type statistics are taken in: float32, or the input's own where it is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def encode(encoder: ConvNeXt, images: Tensor, layout: Layout) -> Tensor:
+    """Last-stage features of the visible patches.
+
+    Args:
+        encoder: timm's ConvNeXt V2 whose blocks were adopted by `adopt_blocks`.
+        images: (B, C, H, W), normalised.
+        layout: bound to the batch's visible patches.
+
+    Returns:
+        (B, V, T, T, C) with T the side of a patch's tile after the last stage.
+    """
+    conv, norm = encoder.stem
+    x = layer_norm(layout.embed(images, conv), norm)
+    for stage in encoder.stages:
+        if not isinstance(stage.downsample, nn.Identity):
+            norm, conv = stage.downsample
+            x = layout.downsample(layer_norm(x, norm), conv)
+        for block in stage.blocks:
+            x = block(x, layout)
+    return layout.gather(x)

@@ -1,0 +1,58 @@
+"""The packed layout: visible tiles in one dense tensor (B, V, T, T, C); every pointwise layer is a plain GEMM over it.
+
+B images, V visible tiles, T tile side, C channels, S stride of the stem, P patch side in pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcmae.sparse.depthwise import packed_depthwise
+from fcmae.sparse.encoder import response_scale, statistics_dtype
+from fcmae.sparse.tiles import Grid, TileIndex
+
+
+class PackedLayout:
+    """Features are (B, V, T, T, C); only visible positions exist."""
+
+    def __init__(self, visible: Tensor, grid: Grid) -> None:
+        self.index = TileIndex(visible, grid)
+
+    def embed(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
+        batch, channels, height, width = images.shape
+        visible = self.index.visible
+        rows, columns = self.index.grid
+        tile_h, tile_w = height // rows, width // columns
+        stride = conv.stride[0]
+        patches = images.reshape(batch, channels, rows, tile_h, columns, tile_w)
+        image = torch.arange(batch, device=images.device).unsqueeze(1)
+        # Only the kept patches are ever read: (B, V, C, P, P)
+        patches = patches.permute(0, 2, 4, 1, 3, 5)[image, visible // columns, visible % columns]
+        x = patches.reshape(batch, -1, channels, tile_h // stride, stride, tile_w // stride, stride)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+        return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+    def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return packed_depthwise(x, conv.weight, conv.bias, self.index)
+
+    def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        batch, tiles, side, _, channels = x.shape
+        stride = conv.stride[0]
+        x = x.view(batch, tiles, side // stride, stride, side // stride, stride, channels)
+        x = x.permute(0, 1, 2, 4, 3, 5, 6).flatten(4)
+        # The weight (out, in, ky, kx) is read in the order of the input, (ky, kx, in).
+        return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+    def response_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        flat = x.flatten(1, -2)
+        sum_of_squares = flat.to(statistics_dtype(x)).square().sum(dim=1)
+        scale = response_scale(sum_of_squares, weight, eps).to(x.dtype)
+        return torch.addcmul(bias.to(x.dtype), flat, scale.unsqueeze(1)).view_as(x)
+
+    def drop_path(self, x: Tensor, drop: nn.Module) -> Tensor:
+        return drop(x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
