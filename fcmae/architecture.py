@@ -13,7 +13,7 @@ from fcmae.errors import ConfigError
 
 # blocks per stage, channels of each stage (ConvNeXt V2 paper, appendix A); mini is ours, for demos, tests and CPU studies
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "mini": ((1, 1, 2, 1), (24, 48, 96, 192)),
+    "mini": ((1, 1, 2, 1), (16, 32, 64, 128)),
     "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
     "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
     "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),

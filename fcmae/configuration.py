@@ -105,17 +105,22 @@ def config_folders(arguments: list[str]) -> list[Path]:
 
 
 def unknown_key(key: str, value: object, known: set[str]) -> ConfigError:
-    last = key.split(".")[-1]
-    # The closest full name, or the same last part under another heading (lr for optim.lr).
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [k for k in sorted(known) if k.split(".")[-1] == last]
-    section = sorted(k for k in known if k.split(".")[0] == key.split(".")[0])
+    section = sorted(k for k in known if "." in k and k.split(".")[0] == key.split(".")[0])
+    close = _closest(key, section) or _closest(key, sorted(known))
     if close:
-        advice = f"did you mean {close[0]}?"
+        advice = f"did you mean {close}?"
     elif section:
         advice = f"{key.split('.')[0]} takes {', '.join(k.split('.', 1)[1] for k in section)}"
     else:
         advice = f"settings start with {', '.join(sorted({k.split('.')[0] for k in known}))}"
     return ConfigError(key, value, f"no such setting; {advice}")
+
+
+def _closest(key: str, names: list[str]) -> str | None:
+    """The name whose last part is most like that of `key`, if any is: optim.lr for optim.lrr and for lr."""
+    last_parts = {name.split(".")[-1]: name for name in reversed(names)}
+    found = difflib.get_close_matches(key.split(".")[-1], last_parts, n=1, cutoff=0.65)
+    return last_parts[found[0]] if found else None
 
 
 def leaf_keys(schema: type, prefix: str = "") -> Iterator[str]:

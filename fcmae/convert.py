@@ -8,13 +8,11 @@ of and where they come from.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt
@@ -22,7 +20,9 @@ from torch import Tensor
 
 from fcmae import __version__
 from fcmae.errors import CheckpointError
-from fcmae.runtime.checkpoint import find_checkpoint
+from fcmae.files import written_whole
+from fcmae.recorded import recorded_settings
+from fcmae.runtime.checkpoint import find_checkpoint, load_tensors
 from fcmae.settings import ModelConfig
 
 
@@ -43,17 +43,8 @@ def save_encoder(encoder: ConvNeXt, path: Path, config: ModelConfig, **provenanc
         "model": json.dumps(asdict(config)),
         "provenance": json.dumps({"program": f"fcmae {__version__}", "method": "FCMAE pretraining", **provenance}),
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata=header)
-    os.replace(temporary, path)
-
-
-def run_settings(path: Path) -> dict[str, Any]:
-    """The options recorded in a run folder, or in the run a checkpoint folder belongs to; empty if there are none."""
-    for folder in (path, *path.parents[:2]):
-        if (folder / "config.yaml").is_file():
-            return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))  # type: ignore[return-value]
-    return {}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
 
 
 def read_encoder(path: str | Path) -> EncoderWeights:
@@ -91,8 +82,8 @@ def _read_checkpoint(folder: Path) -> EncoderWeights:
     }
     if not tensors:
         raise CheckpointError(f"checkpoint={folder}: holds no pretrained encoder; was it written by fcmae.pretrain?")
-    torch.distributed.checkpoint.load(tensors, checkpoint_id=folder, no_dist=True)
-    model = run_settings(folder).get("model", {})
+    load_tensors(tensors, folder)
+    model = recorded_settings(folder).get("model", {})
     return EncoderWeights({name[len(prefix) :]: value for name, value in tensors.items()}, folder, model)
 
 

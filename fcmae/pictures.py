@@ -5,7 +5,6 @@ B images, C channels, H W pixels, L patches, P patch side.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from fcmae.data.augment import CentreView
 from fcmae.data.index import ShardIndex
 from fcmae.data.loader import Samples, ShardReader, denormalise, normalise
+from fcmae.files import written_whole
 from fcmae.model import FCMAE
 from fcmae.sparse.tiles import patchify, unpatchify
 
@@ -90,7 +90,5 @@ def save_rows(columns: list[Tensor], path: Path, groups: int = 2) -> None:
             tile = Image.fromarray(np.ascontiguousarray(pixels))
             tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
             canvas.paste(tile, (gap + group * group_w + column * cell_w, top + line * cell_h))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    canvas.save(temporary, "PNG")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        canvas.save(temporary, "PNG")

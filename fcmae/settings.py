@@ -189,8 +189,9 @@ class OptimConfig:
 
 @dataclass
 class RunConfig:
-    """Where a run lives, how long it goes on and on what."""
+    """Where a run lives, how long it goes on and on what. `name` only serves the default of `dir`."""
 
+    name: str = "run"
     dir: str = "runs/pretrain"
     seed: int = 0
     resume: str = "auto"

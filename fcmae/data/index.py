@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fcmae.errors import DataError
+from fcmae.files import written_whole
 
 INDEX_NAME = "index.safetensors"
 VERSION = "1"
@@ -80,9 +81,8 @@ class ShardIndex:
             name: np.ascontiguousarray(getattr(self, name), dtype=np.int64)
             for name in ("shard_samples", "shard_bytes", "offset", "size", "label")
         }
-        temporary = self.folder / f".{INDEX_NAME}.tmp"
-        save_file(arrays, temporary, metadata=header)
-        os.replace(temporary, self.folder / INDEX_NAME)
+        with written_whole(self.folder / INDEX_NAME) as temporary:
+            save_file(arrays, temporary, metadata=header)
 
 
 def read_index(path: str | Path) -> ShardIndex:

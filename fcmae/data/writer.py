@@ -10,6 +10,7 @@ import numpy as np
 
 from fcmae.data.index import INDEX_NAME, ShardIndex, scan_shard
 from fcmae.errors import DataError
+from fcmae.files import written_whole
 
 # key (unique, no dots), extension without the dot, the file's bytes, label or None
 Sample = tuple[str, str, bytes, "int | None"]
@@ -41,17 +42,13 @@ def write_shards(
 
     def flush() -> None:
         name = f"{prefix}-{len(shards):06d}.tar"
-        temporary = folder / f".{name}.tmp"
-        with open(temporary, "wb") as stream:
+        with written_whole(folder / name) as temporary, open(temporary, "wb") as stream:
             with webdataset.TarWriter(stream, encoder=False, mtime=0.0) as archive:
                 for key, extension, data, label in buffered:
                     entry: dict = {"__key__": key, extension: data}
                     if label is not None:
                         entry["cls"] = str(label).encode()
                     archive.write(entry)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, folder / name)
         shards.append(name)
         buffered.clear()
 

@@ -91,6 +91,12 @@ def load(
     return step
 
 
+def load_tensors(tensors: dict[str, Any], folder: Path) -> None:
+    """Fill tensors, named as in the checkpoint, in place; by this process alone."""
+    with _quiet():
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+
+
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}

@@ -1,13 +1,12 @@
 """A run folder: the options it was started with, where it goes on, and what it reached.
 
-    config.yaml  metrics.jsonl  checkpoints/step-XXXXXXXX/  reconstructions/*.png  encoder.safetensors (at the end)
+    config.yaml  metrics.jsonl  evaluations.jsonl  checkpoints/step-XXXXXXXX/  reconstructions/*.png  encoder.safetensors (at the end)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 
 from fcmae.configuration import flatten
 from fcmae.errors import ConfigError
+from fcmae.files import written_whole
 from fcmae.runtime import checkpoint
 from fcmae.runtime.distributed import Ranks
 
@@ -39,10 +39,8 @@ class RunFolder:
         if source is not None:
             self._compare(source.parents[1] / "config.yaml")
         if self.ranks.main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary = self.path / ".config.yaml.tmp"
-            temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(self.settings)))
-            os.replace(temporary, self.path / "config.yaml")
+            with written_whole(self.path / "config.yaml") as temporary:
+                temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(self.settings)))
         self.ranks.barrier()
 
     def _source(self, resume: str) -> Path:
@@ -67,12 +65,12 @@ class RunFolder:
         found = None if resume == "never" else checkpoint.find_checkpoint(self._source(resume))
         return 0 if found is None else checkpoint.load(found, model, optimizer, ema)
 
-    def records(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl holds."""
-        path = self.path / "metrics.jsonl"
+    def records(self, name: str = "metrics") -> list[dict[str, Any]]:
+        """What metrics.jsonl or evaluations.jsonl holds."""
+        path = self.path / f"{name}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def recent_loss(self, steps: int = 50) -> float | None:
         """Mean loss of the last steps, or None before the first."""
-        losses = [record["loss"] for record in self.records() if "loss" in record][-steps:]
+        losses = [record["loss"] for record in self.records()][-steps:]
         return sum(losses) / len(losses) if losses else None

@@ -1,12 +1,12 @@
-"""Metrics: one JSON object per step in metrics.jsonl, always; Weights & Biases where asked for."""
+"""Metrics: one JSON object per step in metrics.jsonl, per evaluation in evaluations.jsonl; Weights & Biases if asked for."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from fcmae.files import written_whole
 from fcmae.settings import TrackingConfig
 
 
@@ -15,13 +15,14 @@ class Tracker:
 
     def __init__(self, folder: Path, config: TrackingConfig, settings: dict, step: int, active: bool) -> None:
         """Continue the records of `folder` from `step`; later ones, of a run that was cut off, are removed."""
-        self._file = None
+        self._files: dict[str, TextIO] = {}
         self._wandb: Any = None
         if not active:
             return
-        path = folder / "metrics.jsonl"
-        _keep_until(path, step)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115, open as long as the run
+        for name in ("metrics", "evaluations"):
+            path = folder / f"{name}.jsonl"
+            _keep_until(path, step)
+            self._files[name] = open(path, "a", buffering=1)  # noqa: SIM115, open as long as the run
         if config.wandb != "disabled":
             import wandb
 
@@ -37,9 +38,16 @@ class Tracker:
             )
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one record; `step` is its key."""
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+        """Append one record of a training step; `step` is its key."""
+        self._write("metrics", record)
+
+    def log_evaluation(self, record: dict[str, Any]) -> None:
+        """Append what an evaluation found after `step`."""
+        self._write("evaluations", record)
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        if name in self._files:
+            self._files[name].write(json.dumps(record) + "\n")
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
@@ -50,8 +58,8 @@ class Tracker:
             self._wandb.log({name: wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        for file in self._files.values():
+            file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -67,9 +75,8 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def _run_id(folder: Path) -> str:

@@ -11,33 +11,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fcmae.sparse.tiles import TileIndex
+from fcmae.sparse.tiles import Grid, TileIndex, gather_runs, scatter_runs
 
 
 class _PackedDepthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tiles: Tensor, weight: Tensor, bias: Tensor | None, index: TileIndex) -> Tensor:
-        ctx.save_for_backward(tiles, weight)
-        ctx.index = index
-        ctx.bias_shape = None if bias is None else list(bias.shape)
-        dense = index.scatter(tiles).permute(0, 3, 1, 2)
+    def forward(ctx, tiles: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(tiles, weight, runs)
+        ctx.grid = grid
+        dense = scatter_runs(tiles, runs, grid).permute(0, 3, 1, 2)
         out = torch.nn.functional.conv2d(dense, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-        return index.gather(out.permute(0, 2, 3, 1))
+        return gather_runs(out.permute(0, 2, 3, 1), runs, grid)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        tiles, weight = ctx.saved_tensors
-        index: TileIndex = ctx.index
+        tiles, weight, runs = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-        grad_dense = index.scatter(grad.contiguous()).permute(0, 3, 1, 2)
-        dense = index.scatter(tiles).permute(0, 3, 1, 2)
+        grad_dense = scatter_runs(grad, runs, ctx.grid).permute(0, 3, 1, 2)
+        dense = scatter_runs(tiles, runs, ctx.grid).permute(0, 3, 1, 2)
         pad = [weight.shape[-1] // 2] * 2
         grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad_dense, dense, weight, None, [1, 1], pad, [1, 1], False, [0, 0], weight.shape[0], needs
         )
-        grad_tiles = index.gather(grad_input.permute(0, 2, 3, 1)) if needs[0] else None
-        grad_bias = grad.sum(dim=(0, 1, 2, 3)) if ctx.bias_shape and ctx.needs_input_grad[2] else None
-        return grad_tiles, grad_weight, grad_bias, None
+        grad_tiles = gather_runs(grad_input.permute(0, 2, 3, 1), runs, ctx.grid) if needs[0] else None
+        grad_bias = grad.sum(dim=(0, 1, 2, 3)) if ctx.needs_input_grad[2] else None
+        return grad_tiles, grad_weight, grad_bias, None, None
 
 
 def packed_depthwise(tiles: Tensor, weight: Tensor, bias: Tensor | None, index: TileIndex) -> Tensor:
@@ -56,4 +54,4 @@ def packed_depthwise(tiles: Tensor, weight: Tensor, bias: Tensor | None, index: 
         # A custom function runs outside autocast, so its operands take the autocast type here, differentiably.
         dtype = torch.get_autocast_dtype(tiles.device.type)
         tiles, weight, bias = tiles.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _PackedDepthwise.apply(tiles, weight, bias, index)
+    return _PackedDepthwise.apply(tiles, weight, bias, index.runs(tiles.shape[2]), index.grid)

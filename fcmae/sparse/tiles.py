@@ -56,56 +56,58 @@ class TileIndex:
             self._runs[side] = (((image * rows + row) * side + line) * columns + column).flatten()
         return self._runs[side]
 
-    def scatter(self, tiles: Tensor) -> Tensor:
-        """(B, V, T, T, C) -> the dense map (B, rows·T, columns·T, C), zero where no tile is. Not differentiable."""
-        batch, _, side, _, channels = tiles.shape
-        rows, columns = self.grid
-        dense = tiles.new_zeros(batch, rows * side, columns * side, channels)
-        dense.view(-1, side * channels).index_copy_(0, self.runs(side), tiles.reshape(-1, side * channels))
-        return dense
 
-    def gather(self, dense: Tensor) -> Tensor:
-        """(B, rows·T, columns·T, C) -> the visible tiles (B, V, T, T, C). Not differentiable."""
-        batch, height, _, channels = dense.shape
-        side = height // self.grid[0]
-        runs = dense.reshape(-1, side * channels).index_select(0, self.runs(side))
-        return runs.view(batch, -1, side, side, channels)
+def scatter_runs(tiles: Tensor, runs: Tensor, grid: Grid) -> Tensor:
+    """(B, V, T, T, C) -> the dense map (B, rows·T, columns·T, C), zero where no tile is. Not differentiable."""
+    batch, _, side, _, channels = tiles.shape
+    dense = tiles.new_zeros(batch * grid[0] * side * grid[1], side * channels)
+    dense.index_copy_(0, runs, tiles.reshape(-1, side * channels))
+    return dense.view(batch, grid[0] * side, grid[1] * side, channels)
+
+
+def gather_runs(dense: Tensor, runs: Tensor, grid: Grid) -> Tensor:
+    """(B, rows·T, columns·T, C) -> the visible tiles (B, V, T, T, C). Not differentiable."""
+    batch, height, _, channels = dense.shape
+    side = height // grid[0]
+    return dense.reshape(-1, side * channels).index_select(0, runs).view(batch, -1, side, side, channels)
 
 
 class _Scatter(torch.autograd.Function):
-    """TileIndex.scatter; its gradient is the gather (runs are unique, so no accumulation is needed either way)."""
+    """Its gradient is the gather: runs are unique, so nothing needs accumulating either way."""
 
     @staticmethod
-    def forward(ctx, tiles: Tensor, index: TileIndex) -> Tensor:
-        ctx.index = index
-        return index.scatter(tiles)
+    def forward(ctx, tiles: Tensor, runs: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(runs)
+        ctx.grid = grid
+        return scatter_runs(tiles, runs, grid)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return ctx.index.gather(grad), None
+        return gather_runs(grad, ctx.saved_tensors[0], ctx.grid), None, None
 
 
 class _Gather(torch.autograd.Function):
-    """TileIndex.gather; its gradient is the scatter."""
+    """Its gradient is the scatter."""
 
     @staticmethod
-    def forward(ctx, dense: Tensor, index: TileIndex) -> Tensor:
-        ctx.index = index
-        return index.gather(dense)
+    def forward(ctx, dense: Tensor, runs: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(runs)
+        ctx.grid = grid
+        return gather_runs(dense, runs, grid)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return ctx.index.scatter(grad.contiguous()), None
+        return scatter_runs(grad, ctx.saved_tensors[0], ctx.grid), None, None
 
 
 def scatter_tiles(tiles: Tensor, index: TileIndex) -> Tensor:
     """Differentiable (B, V, T, T, C) -> (B, rows·T, columns·T, C), zero where no tile is."""
-    return _Scatter.apply(tiles, index)
+    return _Scatter.apply(tiles, index.runs(tiles.shape[2]), index.grid)
 
 
 def gather_tiles(dense: Tensor, index: TileIndex) -> Tensor:
     """Differentiable (B, rows·T, columns·T, C) -> (B, V, T, T, C)."""
-    return _Gather.apply(dense, index)
+    return _Gather.apply(dense, index.runs(dense.shape[1] // index.grid[0]), index.grid)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -1,0 +1,77 @@
+"""Order is a pure function of (seed, epoch): the same batches for any number of ranks, each sample once per epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcmae.data.order import BatchPlan, EpochOrder, sample_generator
+
+
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    seed=st.integers(0, 2**31),
+    epoch=st.integers(0, 100),
+    block=st.integers(1, 6),
+)
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_holds_every_sample_once(counts, seed, epoch, block):
+    order = EpochOrder(np.array(counts), seed, epoch, block)
+    everything = order.samples(0, len(order))
+    assert sorted(everything.tolist()) == list(range(sum(counts)))
+    # Any cut gives the same samples, and asking again or elsewhere first changes nothing.
+    middle = len(order) // 2
+    again = EpochOrder(np.array(counts), seed, epoch, block)
+    assert again.samples(middle, len(order)).tolist() + [] == everything[middle:].tolist()
+    assert again.samples(0, middle).tolist() == everything[:middle].tolist()
+
+
+def test_epochs_and_seeds_differ():
+    counts = np.array([50, 50, 50])
+    orders = [EpochOrder(counts, seed, epoch, 2).samples(0, 150).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_samples_stay_within_their_block_of_shards():
+    counts = np.full(8, 10)
+    order = EpochOrder(counts, 0, 0, block_shards=2).samples(0, 80)
+    for start in range(0, 80, 20):
+        assert len(set((order[start : start + 20] // 10).tolist())) == 2
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 6), (12, 1)])
+def test_global_batches_do_not_depend_on_ranks_or_accumulation(ranks, accumulate):
+    counts = np.array([20, 13, 17, 9])
+    reference = BatchPlan(counts, 12, seed=3, block_shards=2)
+    assert reference.steps_per_epoch == 59 // 12
+    plans = [BatchPlan(counts, 12, accumulate, rank, ranks, seed=3, block_shards=2) for rank in range(ranks)]
+    for step in range(3 * reference.steps_per_epoch):
+        expected_epoch, expected = reference.micro_batch_samples(step)
+        parts = [plan.micro_batch_samples(step * accumulate + part) for part in range(accumulate) for plan in plans]
+        assert {epoch for epoch, _ in parts} == {expected_epoch}
+        assert np.concatenate([ids for _, ids in parts]).tolist() == expected.tolist()
+
+
+def test_steps_of_an_epoch_do_not_repeat_samples():
+    plan = BatchPlan(np.array([40, 25]), 8, seed=0)
+    for epoch in range(2):
+        first = epoch * plan.steps_per_epoch
+        ids = np.concatenate([plan.micro_batch_samples(first + step)[1] for step in range(plan.steps_per_epoch)])
+        assert len(set(ids.tolist())) == len(ids) == 64
+
+
+def test_a_jump_costs_no_replay():
+    plan = BatchPlan(np.full(1282, 1000), 4096, seed=0)
+    epoch, ids = plan.micro_batch_samples(250_000)
+    assert epoch == 250_000 // plan.steps_per_epoch
+    assert len(ids) == 4096
+
+
+def test_sample_generators_are_independent_and_reproducible():
+    a = sample_generator(0, 1, 5).random(4)
+    assert np.array_equal(a, sample_generator(0, 1, 5).random(4))
+    for other in ((1, 1, 5), (0, 2, 5), (0, 1, 6)):
+        assert not np.array_equal(a, sample_generator(*other).random(4))

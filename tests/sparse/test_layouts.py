@@ -1,0 +1,308 @@
+"""Every layout computes the same function: outputs and gradients, against timm's own dense model and each other."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcmae.model import create_model
+from fcmae.sparse.depthwise import packed_depthwise
+from fcmae.sparse.encoder import response_scale
+from fcmae.sparse.masked import DenseLayout, MaskedLayout
+from fcmae.sparse.packed import PackedLayout
+from fcmae.sparse.tiles import (
+    TileIndex,
+    draw_visible,
+    gather_tiles,
+    patchify,
+    removed_mask,
+    removed_on_map,
+    scatter_tiles,
+    unpatchify,
+)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Give every parameter a value at which it matters; fresh ones have zero GRN and biases."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * 0.2)
+
+
+def small_model(dtype: torch.dtype = torch.float64, **options):
+    torch.manual_seed(0)
+    model = create_model("mini", dims=(6, 10, 12, 14), decoder_dim=10, **options).to(dtype)
+    randomise(model)
+    return model
+
+
+def loss_and_gradients(model, images, visible, layout):
+    model.layout = layout
+    model.zero_grad()
+    output = model(images, visible)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return output, gradients
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+CASES = [
+    {"image_size": (96, 64)},
+    {"image_size": 64, "patch_size": 16, "stem_stride": 2},
+    {"image_size": (24, 40), "patch_size": 8, "stem_stride": 1, "in_chans": 1},
+    {"image_size": 128, "patch_size": 64, "in_chans": 5},
+    {"image_size": (32, 48), "patch_size": 16, "stem_stride": 1, "mask_ratio": 0.5, "norm_pix_loss": False},
+    {"image_size": 32, "patch_size": 16, "stem_stride": 2, "mask_ratio": 0.75, "decoder_depth": 2},
+]
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_packed_equals_masked_in_float64(options):
+    model = small_model(**options)
+    images = torch.randn(3, model.in_chans, *model.image_size, dtype=torch.float64)
+    visible = model.draw_visible(3, torch.Generator().manual_seed(1))
+    packed, packed_gradients = loss_and_gradients(model, images, visible, "packed")
+    masked, masked_gradients = loss_and_gradients(model, images, visible, "masked")
+    assert relative(packed.prediction, masked.prediction) < 1e-12
+    assert relative(packed.loss, masked.loss) < 1e-12
+    assert torch.equal(packed.mask, masked.mask)
+    assert set(packed_gradients) == set(masked_gradients)
+    for name, gradient in masked_gradients.items():
+        assert gradient.norm() > 0, name
+        assert relative(packed_gradients[name], gradient) < 1e-9, name
+
+
+def test_packed_equals_masked_in_float32_on_atto():
+    torch.manual_seed(0)
+    model = create_model("atto", image_size=(160, 224), decoder_dim=64)
+    randomise(model)
+    images = torch.randn(2, 3, 160, 224)
+    visible = model.draw_visible(2)
+    packed, packed_gradients = loss_and_gradients(model, images, visible, "packed")
+    masked, masked_gradients = loss_and_gradients(model, images, visible, "masked")
+    assert relative(packed.prediction, masked.prediction) < 1e-4
+    for name, gradient in masked_gradients.items():
+        assert relative(packed_gradients[name], gradient) < 1e-4, name
+
+
+@pytest.mark.parametrize("layout", ["packed", "masked"])
+def test_gradient_with_respect_to_the_image_matches_finite_differences(layout):
+    model = small_model(image_size=16, patch_size=8, stem_stride=1, in_chans=1, mask_ratio=0.5)
+    model.layout = layout
+    visible = torch.tensor([[0, 3]])
+    images = torch.randn(1, 1, 16, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: model.encode(x, visible), (images,), fast_mode=True)
+
+
+@pytest.mark.parametrize("size", ["atto", "tiny"])  # both kinds of MLP: 1x1 convolutions and linear layers
+@pytest.mark.parametrize("layout", [PackedLayout, MaskedLayout])
+def test_with_everything_visible_it_is_timms_dense_model(size, layout):
+    torch.manual_seed(0)
+    depths = {"depths": (1, 1, 2, 1)}
+    model = create_model(size, image_size=(64, 96), mask_ratio=0.5, decoder_dim=16, **depths).double()
+    randomise(model)
+    dense = timm.create_model(f"convnextv2_{size}", num_classes=0, **depths).double()
+    dense.load_state_dict(model.encoder.state_dict(), strict=True)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    everything = torch.arange(6).expand(2, 6)
+    model.layout = "packed" if layout is PackedLayout else "masked"
+    tiles = model.encode(images, everything)
+    expected = dense.forward_features(images)
+    assert relative(tiles.reshape(2, 2, 3, -1).permute(0, 3, 1, 2), expected) < 1e-10
+    # Adopted blocks still are timm's where no layout is given.
+    assert torch.equal(model.encoder.forward_features(images), expected)
+
+
+@pytest.mark.parametrize("poison", ["noise", "nan"])
+@pytest.mark.parametrize("layout", ["packed", "masked"])
+def test_masked_pixels_leave_no_trace(layout, poison):
+    model = small_model(torch.float32, image_size=(96, 64))
+    model.layout = layout
+    images = torch.randn(2, 3, 96, 64)
+    visible = model.draw_visible(2)
+    removed = removed_on_map(visible, model.grid, 32).unsqueeze(1)
+    filling = torch.randn_like(images) * 100 if poison == "noise" else torch.full_like(images, torch.nan)
+    poisoned = torch.where(removed, filling, images)
+
+    def features_and_gradients(x):
+        model.zero_grad()
+        features = model.encode(x, visible)
+        features.square().sum().backward()
+        return features, [p.grad.clone() for p in model.encoder.parameters() if p.requires_grad]
+
+    features, gradients = features_and_gradients(images)
+    features_poisoned, gradients_poisoned = features_and_gradients(poisoned)
+    assert torch.equal(features, features_poisoned)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_poisoned, strict=True))
+
+
+def test_same_input_gives_the_same_bits():
+    model = small_model(torch.float32, image_size=64)
+    images, visible = torch.randn(2, 3, 64, 64), model.draw_visible(2)
+    first, first_gradients = loss_and_gradients(model, images, visible, "packed")
+    second, second_gradients = loss_and_gradients(model, images, visible, "packed")
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(first_gradients[name], second_gradients[name]) for name in first_gradients)
+
+
+@pytest.mark.parametrize("layout", ["packed", "masked"])
+def test_bfloat16_autocast_stays_close_to_float64(layout):
+    model = small_model(image_size=64)
+    images, visible = torch.randn(4, 3, 64, 64, dtype=torch.float64), model.draw_visible(4)
+    expected, expected_gradients = loss_and_gradients(model, images, visible, layout)
+    model = model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, gradients = loss_and_gradients(model, images.float(), visible, layout)
+    assert actual.loss.dtype == torch.float32
+    assert relative(actual.prediction.double(), expected.prediction) < 2e-2
+    total = torch.cat([g.flatten() for g in gradients.values()]).double()
+    assert relative(total, torch.cat([g.flatten() for g in expected_gradients.values()])) < 2e-2
+
+
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 5),
+    side=st.sampled_from([1, 2, 4, 8]),
+    channels=st.integers(1, 9),
+    batch=st.integers(1, 3),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_packed_depthwise_equals_dense_convolution(rows, columns, side, channels, batch, data):
+    count = data.draw(st.integers(1, rows * columns))
+    torch.manual_seed(rows * 100 + columns * 10 + side)
+    index = TileIndex(draw_visible(batch, rows * columns, count), (rows, columns))
+    tiles = torch.randn(batch, count, side, side, channels, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(channels, 1, 7, 7, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(channels, dtype=torch.float64, requires_grad=True)
+    seed = torch.randn(batch, count, side, side, channels, dtype=torch.float64)
+
+    def reference():
+        dense = tiles.new_zeros(batch, rows * side, columns * side, channels)
+        for b in range(batch):
+            for v, patch in enumerate(index.visible[b].tolist()):
+                y, x = patch // columns * side, patch % columns * side
+                dense[b, y : y + side, x : x + side] = tiles[b, v]
+        out = torch.nn.functional.conv2d(dense.permute(0, 3, 1, 2), weight, bias, padding=3, groups=channels)
+        picked = []
+        for b in range(batch):
+            for patch in index.visible[b].tolist():
+                y, x = patch // columns * side, patch % columns * side
+                picked.append(out[b, :, y : y + side, x : x + side].permute(1, 2, 0))
+        return torch.stack(picked).view_as(tiles)
+
+    results = []
+    for function in (lambda: packed_depthwise(tiles, weight, bias, index), reference):
+        out = function()
+        gradients = torch.autograd.grad((out * seed).sum(), (tiles, weight, bias))
+        results.append((out.detach(), *gradients))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_scatter_and_gather_are_each_others_inverse_and_gradient():
+    index = TileIndex(torch.tensor([[0, 2, 5], [1, 3, 4]]), (2, 3))
+    tiles = torch.randn(2, 3, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    dense = torch.randn(2, 4, 6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(gather_tiles(scatter_tiles(tiles, index), index), tiles)
+    assert torch.autograd.gradcheck(lambda x: scatter_tiles(x, index), (tiles,))
+    assert torch.autograd.gradcheck(lambda x: gather_tiles(x, index), (dense,))
+    hidden = scatter_tiles(tiles, index)[removed_on_map(index.visible, (2, 3), 2)]
+    assert torch.equal(hidden, torch.zeros_like(hidden))
+
+
+def test_removed_mask_and_draw():
+    visible = draw_visible(64, 12, 5, torch.Generator().manual_seed(0))
+    assert visible.shape == (64, 5)
+    assert visible.dtype == torch.int64
+    assert (visible.diff(dim=1) > 0).all()
+    mask = removed_mask(visible, 12)
+    assert mask.sum(dim=1).tolist() == [7] * 64
+    assert not mask.gather(1, visible).any()
+    # Uniform: every patch is kept about equally often (64 * 5 / 12 = 26.7 times; bounds five standard deviations wide).
+    counts = torch.bincount(visible.flatten(), minlength=12)
+    assert counts.min() > 26.7 - 20
+    assert counts.max() < 26.7 + 20
+
+
+def test_patchify_order_and_inverse():
+    images = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 6, 48)
+    # Patch 4 is row 1, column 1; inside it rows, then columns, then channels.
+    assert torch.equal(patches[1, 4].view(4, 4, 3), images[1, :, 4:8, 4:8].permute(1, 2, 0))
+    assert torch.equal(unpatchify(patches, 4, (2, 3)), images)
+
+
+class TestResponseNorm:
+    @pytest.mark.parametrize("layout", ["packed", "dense"])
+    def test_matches_the_formula_with_gradients(self, layout):
+        x = torch.randn(2, 3, 2, 2, 5, dtype=torch.float64)
+        x = x if layout == "packed" else x.reshape(2, 6, 2, 5)
+        x.requires_grad_()
+        gamma, beta = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        apply = PackedLayout(torch.zeros(2, 3, dtype=torch.int64), (1, 3)) if layout == "packed" else DenseLayout()
+        actual = apply.response_norm(x, gamma, beta, 1e-6)
+        flat = x.flatten(1, -2)
+        norm = flat.norm(dim=1, keepdim=True)  # (B, 1, C): per image
+        expected = (gamma * (flat * (norm / (norm.mean(-1, keepdim=True) + 1e-6))) + beta + flat).view_as(x)
+        torch.testing.assert_close(actual, expected)
+        seed = torch.randn_like(expected)
+        for a, b in zip(
+            torch.autograd.grad((actual * seed).sum(), (x, gamma, beta), retain_graph=True),
+            torch.autograd.grad((expected * seed).sum(), (x, gamma, beta)),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+    def test_a_channel_of_zeros_has_zero_gradient(self):
+        x = torch.randn(2, 3, 2, 2, 4)
+        x[0, ..., 1] = 0
+        x[1] = 0
+        x.requires_grad_()
+        layout = PackedLayout(torch.zeros(2, 3, dtype=torch.int64), (1, 3))
+        layout.response_norm(x, torch.ones(4), torch.zeros(4), 1e-6).square().sum().backward()
+        assert x.grad.isfinite().all()
+        assert (x.grad[0, ..., 1] == 0).all()
+
+    def test_statistics_are_float32_for_half_inputs(self):
+        # 300 squared overflows float16; the norm of 4,096 such values does not overflow float32.
+        x = torch.full((1, 1, 64, 64, 2), 300.0, dtype=torch.float16)
+        layout = PackedLayout(torch.zeros(1, 1, dtype=torch.int64), (1, 1))
+        out = layout.response_norm(x, torch.ones(2), torch.zeros(2), 1e-6)
+        assert torch.allclose(out.float(), torch.tensor(600.0))
+
+    def test_scale_of_zeros(self):
+        assert torch.equal(response_scale(torch.zeros(1, 3), torch.ones(3), 1e-6), torch.ones(1, 3))
+
+
+def test_blocks_are_entered_as_modules_in_every_layout():
+    model = small_model(image_size=64, mask_ratio=0.5)
+    entered = []
+    for stage in model.encoder.stages:
+        for block in stage.blocks:
+            block.register_forward_hook(lambda module, arguments, output: entered.append(module))
+    for layout in ("packed", "masked"):
+        entered.clear()
+        model.layout = layout
+        model.encode(torch.randn(1, 3, 64, 64, dtype=torch.float64), model.draw_visible(1))
+        assert len(entered) == 5
+
+
+def test_compiled_block_equals_eager():
+    model = small_model(torch.float32, image_size=64, mask_ratio=0.5)
+    images, visible = torch.randn(2, 3, 64, 64), model.draw_visible(2)
+    expected, gradients = loss_and_gradients(model, images, visible, "packed")
+    for stage in model.encoder.stages:
+        for block in stage.blocks:
+            block.compile(backend="aot_eager")
+    actual, actual_gradients = loss_and_gradients(model, images, visible, "packed")
+    assert relative(actual.loss, expected.loss) < 1e-5
+    for name, gradient in gradients.items():
+        assert relative(actual_gradients[name], gradient) < 1e-4, name
