@@ -8,10 +8,11 @@ total stride: stem stride 4, 2 or 1, times 8 for the three downsamplings.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from fcmae.errors import ConfigError
 
-# blocks per stage, channels of each stage (ConvNeXt V2 paper, appendix A); mini is ours, for demos, tests and CPU studies
+# blocks per stage, channels of each stage (ConvNeXt V2 paper, appendix A); mini is ours, for demos, tests, CPU studies
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mini": ((1, 1, 2, 1), (16, 32, 64, 128)),
     "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
@@ -70,7 +71,7 @@ def resolve_size(
     def stages(name: str, value: object, default: tuple[int, ...]) -> tuple[int, ...]:
         if value is None:
             return default
-        numbers = tuple(value)  # type: ignore[arg-type]
+        numbers: tuple[Any, ...] = tuple(cast(Any, value))
         if len(numbers) != 4 or not all(isinstance(n, int) and n > 0 for n in numbers):
             raise ConfigError(f"{prefix}{name}", value, "must be four positive integers, one per stage")
         return numbers

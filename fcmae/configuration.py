@@ -1,7 +1,7 @@
-"""From the command line to typed options: Hydra composes conf/, this turns the result into dataclasses or one clear line.
+"""From the command line to typed options: Hydra composes conf/, this makes dataclasses of it, or one clear line.
 
-Hydra's DictConfig stops here. Unknown keys, also `+added` ones, and wrong types are answered with the key, its value and
-what is allowed, and exit code 2; a traceback only with run.debug=true.
+Hydra's DictConfig stops here. Unknown keys, also `+added` ones, and wrong types are answered with the key, its value
+and what is allowed, and exit code 2; a traceback only with run.debug=true.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def to_dataclass(config: DictConfig | dict, schema: type[Schema]) -> Schema:
 
     Merged onto a fresh schema, since keys added with `+` pass Hydra's own check.
     """
-    plain = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(config), resolve=True))  # type: ignore[arg-type]
+    plain = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(config), resolve=True))
     known = set(leaf_keys(schema))
     for key, value in flatten(plain):
         if key not in known and not any(key.startswith(f"{name}.") for name in known):

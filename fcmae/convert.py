@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -95,12 +96,11 @@ def _read_file(path: Path) -> EncoderWeights:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, not a mapping
             return EncoderWeights(tensors, path, json.loads(header.get("model", "{}")))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
-        raise CheckpointError(f"checkpoint={path}: cannot be read as weights: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # what torch raises for pickles it refuses to execute
-        if type(error).__name__ != "UnpicklingError":
-            raise
+    except UnpicklingError as error:
         raise CheckpointError(f"checkpoint={path}: is not a file of plain tensors and is not unpickled") from error
+    except (OSError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise CheckpointError(f"checkpoint={path}: cannot be read as weights: {reason}") from error
     for key in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; flushed and renamed to `path` when the block ends well, removed when it fails."""
+    """A path beside `path` to write to; flushed and renamed to `path` if the block ends well, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

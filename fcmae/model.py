@@ -7,23 +7,22 @@ T side of a patch's tile after the last stage (P / total stride; 1 for 32-pixel 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from fcmae import architecture
 from fcmae.errors import ConfigError
-from fcmae.sparse.encoder import Block, adopt_blocks, encode
+from fcmae.sparse.encoder import Block, Layout, adopt_blocks, encode
 from fcmae.sparse.masked import DenseLayout, MaskedLayout
 from fcmae.sparse.packed import PackedLayout
-from fcmae.sparse.tiles import TileIndex, draw_visible, patchify, removed_mask, removed_on_map, scatter_tiles
+from fcmae.sparse.tiles import Grid, TileIndex, draw_visible, patchify, removed_mask, removed_on_map, scatter_tiles
 
-LAYOUTS = {"packed": PackedLayout, "masked": MaskedLayout}
+LAYOUTS: dict[str, Callable[[Tensor, Grid], Layout]] = {"packed": PackedLayout, "masked": MaskedLayout}
 
 
 class FCMAEOutput(NamedTuple):
@@ -48,7 +47,7 @@ def create_encoder(
     num_classes: int = 0,
     **timm_options: Any,
 ) -> ConvNeXt:
-    """timm's ConvNeXt V2 of a named size, for dense use; `mini` and other strides are the same class with other numbers.
+    """timm's ConvNeXt V2 of a named size, for dense use; `mini` and other strides are its class with other numbers.
 
     Args:
         size: one of `fcmae.architecture.SIZES`; `depths` and `dims` override its blocks and channels per stage.
@@ -144,10 +143,13 @@ class FCMAE(nn.Module):
         """
         expected = (self.in_chans, *self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images have shape {tuple(images.shape)}; this model takes (B, {', '.join(map(str, expected))})")
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; this model takes (B, {', '.join(map(str, expected))})"
+            )
         if visible.ndim != 2 or visible.shape[0] != images.shape[0] or visible.dtype != torch.int64:
             raise ValueError(
-                f"visible is {visible.dtype} of shape {tuple(visible.shape)}; it must be int64 (B, V) with B={images.shape[0]}"
+                f"visible is {visible.dtype} of shape {tuple(visible.shape)}; "
+                f"it must be int64 (B, V) with B={images.shape[0]}"
             )
         return encode(self.encoder, images, LAYOUTS[self._layout](visible, self.grid))
 
@@ -161,7 +163,7 @@ class FCMAE(nn.Module):
             x = block(x, dense)
         x = self.pred(x)
         # Each position predicts the S x S pixels below it (S the total stride); a patch is T x T positions.
-        batch, height, width, _ = x.shape
+        batch, height = x.shape[:2]
         rows, columns = self.grid
         tile, stride = height // rows, self.patch_size // (height // rows)
         x = x.view(batch, rows, tile, columns, tile, stride, stride, self.in_chans)
@@ -241,7 +243,11 @@ def create_model(
     geometry = architecture.check_geometry(image_size, patch_size, stem_stride, prefix="")
     architecture.check_mask(mask_ratio, geometry.num_patches, prefix="")
     architecture.resolve_size(size, depths, dims, prefix="")
-    for name, value, least in (("in_chans", in_chans, 1), ("decoder_dim", decoder_dim, 1), ("decoder_depth", decoder_depth, 0)):
+    for name, value, least in (
+        ("in_chans", in_chans, 1),
+        ("decoder_dim", decoder_dim, 1),
+        ("decoder_depth", decoder_depth, 0),
+    ):
         if value < least:
             raise ConfigError(name, value, f"must be at least {least}")
     encoder = create_encoder(size, in_chans=in_chans, stem_stride=stem_stride, depths=depths, dims=dims)

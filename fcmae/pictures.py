@@ -27,8 +27,8 @@ TITLES = ("original", "masked", "reconstruction")
 def reconstruct(model: FCMAE, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """The masked images and their reconstructions, in the normalisation of the input.
 
-    A model trained on per-patch normalised pixels predicts only the pattern of a patch; its mean and deviation are taken
-    from the image. Visible patches are pasted back: the model is not asked to predict them.
+    A model trained on per-patch normalised pixels predicts only the pattern of a patch; its mean and deviation are
+    taken from the image. Visible patches are pasted back: the model is not asked to predict them.
 
     Args:
         images: (B, C, H, W), normalised. visible: (B, V) int64.
@@ -69,7 +69,7 @@ def write_reconstructions(
 
 
 def save_rows(columns: list[Tensor], path: Path, groups: int = 2) -> None:
-    """Write uint8 images (B, C, H, W), one tensor per column, as rows under their titles; `groups` rows side by side."""
+    """Write uint8 images (B, C, H, W), one tensor per column, as titled rows, `groups` of them side by side."""
     count, channels, height, width = columns[0].shape
     zoom = max(1, round(112 / width))
     gap, top = 6, 18

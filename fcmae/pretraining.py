@@ -156,7 +156,8 @@ def describe(config: PretrainConfig, model: FCMAE, index: ShardIndex, total: int
         f"{model.num_visible} of {model.num_patches} visible\n"
         f"data: {len(index):,} images in {len(index.shards)} shards from {index.folder}\n"
         f"{config.optim.epochs} epochs, {total:,} steps of {config.optim.batch_size} images, "
-        f"peak lr {config.optim.absolute_lr:.2e}, {config.run.precision} on {me.count} × {device}; run folder {config.run.dir}"
+        f"peak lr {config.optim.absolute_lr:.2e}, {config.run.precision} on {me.count} × {device}; "
+        f"run folder {config.run.dir}"
     )
 
 

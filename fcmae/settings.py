@@ -153,7 +153,11 @@ class OptimConfig:
         return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256
 
     def validate(self, ranks: int) -> None:
-        for name, value, least in (("batch_size", self.batch_size, 1), ("accumulate", self.accumulate, 1), ("epochs", self.epochs, 1)):
+        for name, value, least in (
+            ("batch_size", self.batch_size, 1),
+            ("accumulate", self.accumulate, 1),
+            ("epochs", self.epochs, 1),
+        ):
             require(value >= least, f"optim.{name}", value, f"must be at least {least}")
         require(
             self.batch_size % (ranks * self.accumulate) == 0,

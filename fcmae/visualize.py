@@ -1,4 +1,4 @@
-"""Pictures of what a pretrained model reconstructs: `python -m fcmae.visualize checkpoint=<run folder> [key=value ...]`.
+"""Draw what a pretrained model reconstructs: `python -m fcmae.visualize checkpoint=<run folder> [key=value ...]`.
 
 Each image is shown as original | masked | reconstruction, de-normalised, with visible patches pasted back.
 """
@@ -38,13 +38,16 @@ class VisualizeConfig:
         recorded = recorded_settings(self.checkpoint)
         if "optim" not in recorded or "decoder_dim" not in recorded.get("model", {}):
             raise CheckpointError(
-                f"checkpoint={self.checkpoint}: must be a run or checkpoint folder of fcmae.pretrain, which holds the decoder"
+                f"checkpoint={self.checkpoint}: must be a run or checkpoint folder of fcmae.pretrain, "
+                "which holds the decoder"
             )
         self.model, split = of_run(recorded)
         if self.mask_ratio is not None:
             self.model.mask_ratio = self.mask_ratio
         self.model.validate()
-        self.source = split if self.data is None else DataConfig(train=self.data, val=None, mean=split.mean, std=split.std)
+        self.source = (
+            split if self.data is None else DataConfig(train=self.data, val=None, mean=split.mean, std=split.std)
+        )
         self.source.validate(self.model.in_chans)
 
     # What validation finds out for the rest; not settings.

@@ -1,9 +1,10 @@
-"""Views and batch augmentation of supervised training: RandAugment per image, erasing, mixup and cutmix per batch; all timm's."""
+"""Augmentation of supervised training: RandAugment per image; erasing, mixup and cutmix per batch. All timm's."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from finetune.settings import AugmentConfig
 
 @dataclass
 class AugmentedView:
-    """RandomResizedCrop and flip, then RandAugment in timm's notation; areas moved in are filled with the mean colour."""
+    """RandomResizedCrop and flip, then RandAugment in timm's notation; what moves in has the mean colour."""
 
     crop: TrainView
     rand_augment: str | None
@@ -30,7 +31,7 @@ class AugmentedView:
     def __post_init__(self) -> None:
         if self.rand_augment is not None:
             fill = tuple(min(255, round(255 * value)) for value in self.mean)
-            options = {
+            options: dict[str, Any] = {
                 "translate_const": int(min(self.crop.size) * 0.45),
                 "img_mean": fill if len(fill) > 1 else fill[0],
                 "interpolation": Image.Resampling.BICUBIC,
@@ -62,7 +63,9 @@ class BatchAugment:
 
     def __init__(self, config: AugmentConfig, num_classes: int, device: torch.device) -> None:
         self.erase = (
-            RandomErasing(config.random_erasing, mode="pixel", device=str(device)) if config.random_erasing > 0 else None
+            RandomErasing(config.random_erasing, mode="pixel", device=str(device))
+            if config.random_erasing > 0
+            else None
         )
         self.mix = None
         self.criterion: nn.Module = LabelSmoothingCrossEntropy(config.label_smoothing)

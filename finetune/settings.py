@@ -12,7 +12,16 @@ from typing import Any
 from fcmae import architecture
 from fcmae.data.index import read_index
 from fcmae.recorded import recorded_settings
-from fcmae.settings import DEMO, DataConfig, OptimConfig, RunConfig, TrackingConfig, check_batch_fits, launched_ranks, require
+from fcmae.settings import (
+    DEMO,
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    TrackingConfig,
+    check_batch_fits,
+    launched_ranks,
+    require,
+)
 
 
 @dataclass
@@ -32,7 +41,9 @@ class ClassifierConfig:
         require(self.size is not None, "model.size", "null", "choose one, as in model=atto, or give a checkpoint")
         architecture.resolve_size(str(self.size), self.depths, self.dims)
         height, width = architecture.pair(self.image_size)
-        require(self.stem_stride in architecture.STEM_STRIDES, "model.stem_stride", self.stem_stride, "must be 1, 2 or 4")
+        require(
+            self.stem_stride in architecture.STEM_STRIDES, "model.stem_stride", self.stem_stride, "must be 1, 2 or 4"
+        )
         stride = 8 * int(self.stem_stride or 4)
         require(
             height >= stride and width >= stride,
@@ -62,7 +73,9 @@ class AugmentConfig:
 
     def validate(self) -> None:
         for name in ("mixup", "cutmix"):
-            require(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "must be at least 0 (0 turns it off)")
+            require(
+                getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "must be at least 0 (0 turns it off)"
+            )
         for name in ("mixup_prob", "mixup_switch_prob", "random_erasing"):
             require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "must be in [0, 1]")
         require(0 <= self.label_smoothing < 1, "augment.label_smoothing", self.label_smoothing, "must be in [0, 1)")
@@ -108,7 +121,9 @@ class FinetuneConfig:
     checkpoint: str | None = None
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(train=None, crop_scale=[0.08, 1.0]))
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=8e-4, epochs=100, warmup_epochs=5, betas=[0.9, 0.999]))
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(base_lr=8e-4, epochs=100, warmup_epochs=5, betas=[0.9, 0.999])
+    )
     layer_decay: float | None = 0.9
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -132,7 +147,12 @@ class FinetuneConfig:
             self.optim.batch_size,
             "mixup and cutmix mix pairs: batch_size / (ranks × accumulate) must be even",
         )
-        require(self.data.train is not None, "data.train", "null", "choose a data set, as in data=demo, or give a checkpoint")
+        require(
+            self.data.train is not None,
+            "data.train",
+            "null",
+            "choose a data set, as in data=demo, or give a checkpoint",
+        )
         self.data.validate(int(self.model.in_chans or 3))
         self._check_labels()
         check_batch_fits(self.optim.batch_size, self.data)

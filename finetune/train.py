@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained encoder as a dense classifier: `python -m finetune.train checkpoint=<run folder> [key=value ...]`.
+"""Fine-tune an encoder as a dense classifier: `python -m finetune.train checkpoint=<run folder> [key=value ...]`.
 
 This file stays free of torch, so that a mistyped option is answered at once; `finetune.training` does the work.
 """

@@ -35,7 +35,17 @@ from finetune.augment import AugmentedView, BatchAugment
 from finetune.evaluate import evaluate
 from finetune.settings import FinetuneConfig
 
-FIXED = ("checkpoint", "model.", "data.train", "data.crop_scale", "data.hflip", "data.block_shards", "optim.batch_size", "run.seed", "augment.")
+FIXED = (
+    "checkpoint",
+    "model.",
+    "data.train",
+    "data.crop_scale",
+    "data.hflip",
+    "data.block_shards",
+    "optim.batch_size",
+    "run.seed",
+    "augment.",
+)
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -136,7 +146,9 @@ class _Finetuning:
         self.display.say(self.describe(total))
         try:
             result = fit(task, config.run, self.folder.path, me, self.tracker, self.display, start)
-            if result.stopped_by is None and not any(r["step"] == result.step for r in self.folder.records("evaluations")):
+            if result.stopped_by is None and not any(
+                r["step"] == result.step for r in self.folder.records("evaluations")
+            ):
                 self.measure(result.step, plan.steps_per_epoch)  # cut off between the last step and its evaluation
             self.finish(result, total)
         finally:
@@ -152,7 +164,9 @@ class _Finetuning:
         )
 
         def score(model: nn.Module) -> dict[str, float]:
-            batches = evaluation_batches(samples, config.eval.batch_size, self.me.rank, self.me.count, config.data.workers)
+            batches = evaluation_batches(
+                samples, config.eval.batch_size, self.me.rank, self.me.count, config.data.workers
+            )
             return evaluate(model, batches, self.me, self.mean, self.std, config.run.precision == "bf16")
 
         record: dict[str, Any] = {"step": step, "epoch": step / steps_per_epoch, **score(self.model)}
@@ -193,9 +207,10 @@ class _Finetuning:
         config = self.config
         start = f"weights from {config.checkpoint}" if config.checkpoint else "from scratch"
         val = f", {len(self.val_index):,} for validation" if self.val_index is not None else ", no validation split"
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         return (
-            f"ConvNeXt V2 {config.model.size}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters, "
-            f"{start}; {self.size[0]}×{self.size[1]} images, {self.train_index.num_classes} classes\n"
+            f"ConvNeXt V2 {config.model.size}: {millions:.2f} M parameters, {start}; "
+            f"{self.size[0]}×{self.size[1]} images, {self.train_index.num_classes} classes\n"
             f"data: {len(self.train_index):,} images from {self.train_index.folder}{val}\n"
             f"{config.optim.epochs} epochs, {total:,} steps of {config.optim.batch_size} images, peak lr "
             f"{config.optim.absolute_lr:.2e}, layer decay {config.layer_decay}; run folder {config.run.dir}"
@@ -206,7 +221,9 @@ class _Finetuning:
             return
         if result.stopped_by is not None:
             again = " ".join(["python -m finetune.train", *(shlex.quote(a) for a in sys.argv[1:])])
-            self.display.say(f"\nStopped by {result.stopped_by} after step {result.step:,} of {total:,}; everything is saved.")
+            self.display.say(
+                f"\nStopped by {result.stopped_by} after step {result.step:,} of {total:,}; everything is saved."
+            )
             self.display.say(f"Continue with:  {again}")
             return
         records = self.folder.records("evaluations")
@@ -216,6 +233,8 @@ class _Finetuning:
         if records:
             best = max(records, key=self._score)
             chance = 100 / self.train_index.num_classes
-            self.display.say(f"  best top-1   {self._score(best):.2f} % after epoch {best['epoch']:g} (chance {chance:.2f} %)")
+            self.display.say(
+                f"  best top-1   {self._score(best):.2f} % after epoch {best['epoch']:g} (chance {chance:.2f} %)"
+            )
             self.display.say(f"  best weights {self.folder.path / 'best.safetensors'}")
         self.display.say(f"  last weights {self.folder.path / 'last.safetensors'}")

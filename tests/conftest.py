@@ -27,7 +27,9 @@ def png(rng: np.random.Generator, height: int = 24, width: int = 20, channels: i
     return buffer.getvalue()
 
 
-def make_split(folder: Path, count: int, seed: int = 0, classes: int = 3, per_shard: int = 16, channels: int = 3) -> Path:
+def make_split(
+    folder: Path, count: int, seed: int = 0, classes: int = 3, per_shard: int = 16, channels: int = 3
+) -> Path:
     """Shards of `count` random images with labels 0, 1, … in turn."""
     rng = np.random.default_rng(seed)
     samples = ((f"{i:06d}", "png", png(rng, channels=channels), i % classes) for i in range(count))
@@ -44,7 +46,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_module(module: str, *arguments: str, cwd: Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+def run_module(
+    module: str, *arguments: str, cwd: Path, timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess:
     """Run `python -m module arguments` and return its exit code and output."""
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],

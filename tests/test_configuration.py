@@ -1,4 +1,4 @@
-"""What a user gets wrong is answered in one line with the key, the value and what is allowed, before torch is loaded."""
+"""What a user gets wrong is answered in one line with key, value and what is allowed, before torch is loaded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "message"), MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else ""
+)
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     started = time.monotonic()
     done = run_module("fcmae.pretrain", *arguments, cwd=tmp_path)
@@ -86,7 +88,10 @@ FINETUNE_MISTAKES = [
     (["checkpoint=null", "model=mini", "data=demo", "augment.mixup=-1"], "augment.mixup=-1.0: must be at least 0"),
     (["checkpoint=null", "model=mini", "data=demo", "augment.rand_augment=strong"], "must be null or timm's notation"),
     (["checkpoint=null", "model=mini", "data=demo", "augment.mixup=1", "optim.batch_size=15"], "mix pairs"),
-    (["checkpoint=null", "model=mini", "data=demo", "model.image_size=4"], "must be at least the encoder's total stride, 8"),
+    (
+        ["checkpoint=null", "model=mini", "data=demo", "model.image_size=4"],
+        "must be at least the encoder's total stride, 8",
+    ),
     (["checkpoint=null", "model=mini", "data=demo", "ema.decay=1"], "ema.decay=1.0: must be in (0, 1), or null"),
     (["checkpoint=null", "model=mini", "data=demo", "layer_decay=2"], "layer_decay=2.0: must be in (0, 1]"),
     (["checkpoint=null", "model=mini", "data=demo", "eval.crop_share=0"], "eval.crop_share=0.0: must be in (0, 1]"),
@@ -94,7 +99,9 @@ FINETUNE_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), FINETUNE_MISTAKES, ids=lambda value: value[-1] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "message"), FINETUNE_MISTAKES, ids=lambda value: value[-1] if isinstance(value, list) else ""
+)
 def test_finetune_mistakes(arguments, message, tmp_path):
     done = run_module("finetune.train", *arguments, cwd=tmp_path)
     assert done.returncode == 2

@@ -122,7 +122,13 @@ def test_no_norm_bias_grn_or_mask_token_decays():
     # The encoder's final norm is not trained; everything else is.
     assert set(names.values()) - set(decay) == {"encoder.head.norm.weight", "encoder.head.norm.bias"}
     for name, value in decay.items():
-        free = name.endswith("bias") or ".grn." in name or "norm" in name or name == "mask_token" or name.endswith("stem.1.weight")
+        free = (
+            name.endswith("bias")
+            or ".grn." in name
+            or "norm" in name
+            or name == "mask_token"
+            or name.endswith("stem.1.weight")
+        )
         free = free or name.endswith("downsample.0.weight")
         assert value == (0.0 if free else 0.05), name
 
@@ -152,7 +158,7 @@ def test_bad_inputs_are_named():
     model = fcmae.create_model("mini", image_size=64, mask_ratio=0.5, decoder_dim=16)
     with pytest.raises(ValueError, match=r"images have shape \(1, 1, 64, 64\); this model takes \(B, 3, 64, 64\)"):
         model(torch.zeros(1, 1, 64, 64))
-    with pytest.raises(ValueError, match="visible is torch.int32 of shape"):
+    with pytest.raises(ValueError, match=r"visible is torch.int32 of shape"):
         model.encode(torch.zeros(1, 3, 64, 64), torch.zeros(1, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match="layout=nope"):
         model.layout = "nope"

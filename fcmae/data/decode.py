@@ -14,9 +14,9 @@ MODES = {1: "L", 3: "RGB"}
 def decode_image(data: bytes, channels: int) -> Image.Image:
     """Decode an image file to mode L (`channels` 1) or RGB (3), 8 bits per channel.
 
-    Transparency is dropped, palettes and CMYK are converted, 16-bit samples keep their upper 8 bits, of an animation the
-    first frame is taken; EXIF rotation is not applied. All as torchvision's and timm's folder datasets do, except that
-    those clip 16-bit images.
+    Transparency is dropped, palettes and CMYK are converted, 16-bit samples keep their upper 8 bits, of an animation
+    the first frame is taken; EXIF rotation is not applied. All as torchvision's and timm's folder datasets do, except
+    that those clip 16-bit images.
 
     Raises:
         OSError, SyntaxError, ValueError: whatever Pillow raises for bytes it cannot decode completely.
@@ -24,7 +24,7 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
     with warnings.catch_warnings():
         # Palette images with transparency: Pillow advises RGBA, but the transparency is dropped here anyway.
         warnings.filterwarnings("ignore", message="Palette images with Transparency")
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
         if image.mode.startswith("I"):
             image = Image.fromarray(sixteen_to_eight_bits(np.asarray(image)))

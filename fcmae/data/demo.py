@@ -33,7 +33,7 @@ def demo_folder() -> Path:
 
 
 def ensure_demo() -> Path:
-    """The folder holding the demo's `train` and `val` shards, rendered if need be; safe to call from several processes."""
+    """The folder of the demo's `train` and `val` shards, rendered if need be; safe to call from several processes."""
     from fcmae.data.index import INDEX_NAME
     from fcmae.data.writer import write_shards
 
@@ -86,7 +86,9 @@ def render(split: int, number: int) -> np.ndarray:
 def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Two colours far enough apart to be told from each other."""
     while True:
-        pair = [np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 0.9), rng.uniform(0.25, 1.0))) for _ in "ab"]
+        pair = [
+            np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.2, 0.9), rng.uniform(0.25, 1.0))) for _ in "ab"
+        ]
         if np.abs(pair[0] - pair[1]).sum() > 0.8:
             return pair[0], pair[1]
 

@@ -154,6 +154,8 @@ def _load(batches: _Batches, numbers: range, workers: int) -> Iterator[Batch]:
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=3 if min(workers, len(numbers)) else None,
+        # It would draw a seed, which nothing here uses, from the generator that the training step was seeded on.
+        generator=torch.Generator(),
     )
     for batch in loader:
         if isinstance(batch, DataError):

@@ -31,9 +31,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--kind", choices=("auto", "folders", "flat", "idx"), default="auto")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
-    parser.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help="share of the images set aside as val")
+    parser.add_argument(
+        "--val-share", type=float, default=0.0, metavar="SHARE", help="share of the images set aside as val"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of images in shards and of the val share")
-    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not decode every image to find broken ones")
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not decode every image to find broken ones"
+    )
     options = parser.parse_args(arguments)
     if options.samples_per_shard < 1:
         parser.error(f"--samples-per-shard={options.samples_per_shard}: must be at least 1")
@@ -52,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         for split in splits:
             if (options.out / split.name / INDEX_NAME).exists():
-                raise DataError(f"{options.out / split.name}: already holds shards; choose another OUT or remove it first")
+                raise DataError(
+                    f"{options.out / split.name}: already holds shards; choose another OUT or remove it first"
+                )
         for split in splits:
             samples = track(
                 split.samples, total=split.total, description=split.name or "images", console=console, transient=True

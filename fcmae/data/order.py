@@ -41,7 +41,9 @@ class EpochOrder:
 
     def _block(self, number: int) -> np.ndarray:
         if number not in self._kept:
-            ids = np.concatenate([np.arange(self._first[s], self._first[s] + self._samples[s]) for s in self._blocks[number]])
+            ids = np.concatenate(
+                [np.arange(self._first[s], self._first[s] + self._samples[s]) for s in self._blocks[number]]
+            )
             self._kept[number] = np.random.default_rng((self.seed, BLOCK, self.epoch, number)).permutation(ids)
             if len(self._kept) > 2:
                 self._kept.popitem(last=False)

@@ -58,10 +58,12 @@ def why_broken(data: bytes) -> str | None:
 
 
 def list_folder(folder: Path, labelled: bool) -> tuple[list[str], list[LabelledFile]]:
-    """Class names and files with labels; if `labelled`, each folder directly in `folder` is a class, in sorted order."""
+    """Class names and files with labels; if `labelled`, each folder directly in `folder` is a class, sorted."""
     if labelled:
         classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        files: list[LabelledFile] = [(p, number) for number, title in enumerate(classes) for p in image_files(folder / title)]
+        files: list[LabelledFile] = [
+            (p, number) for number, title in enumerate(classes) for p in image_files(folder / title)
+        ]
     else:
         classes, files = [], [(path, None) for path in image_files(folder)]
     if not files:
@@ -111,7 +113,9 @@ def idx_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
     """Image and label file of each split of the MNIST family in a folder."""
     found: dict[str, tuple[Path, Path | None]] = {}
     for prefix, split in IDX_SPLITS.items():
-        images, labels = (sorted(folder.glob(f"{prefix}-{part}-idx{n}-ubyte*")) for part, n in (("images", 3), ("labels", 1)))
+        images, labels = (
+            sorted(folder.glob(f"{prefix}-{part}-idx{n}-ubyte*")) for part, n in (("images", 3), ("labels", 1))
+        )
         if images:
             found[split] = (images[0], labels[0] if labels else None)
     return found
@@ -136,7 +140,9 @@ def idx_split(images: Path, labels: Path | None, name: str) -> Split:
     return Split(name, classes, len(pixels), draw())
 
 
-def open_source(source: Path, kind: str = "auto", *, verify: bool = True, val_share: float = 0.0, seed: int = 0) -> list[Split]:
+def open_source(
+    source: Path, kind: str = "auto", *, verify: bool = True, val_share: float = 0.0, seed: int = 0
+) -> list[Split]:
     """The splits of a source; the only split of a source without any is called "".
 
     `kind` is auto, folders, flat or idx. With auto, a folder holding `*-images-idx3-ubyte[.gz]` files is IDX, one with
@@ -156,7 +162,9 @@ def open_source(source: Path, kind: str = "auto", *, verify: bool = True, val_sh
         raise DataError(f"{source}: has splits of its own, so --val-share does not apply")
     if kind == "idx" or (kind == "auto" and pairs):
         if not pairs:
-            raise DataError(f"{source}: holds no train-images-idx3-ubyte or t10k-images-idx3-ubyte file, gzipped or not")
+            raise DataError(
+                f"{source}: holds no train-images-idx3-ubyte or t10k-images-idx3-ubyte file, gzipped or not"
+            )
         return [idx_split(images, labels, split) for split, (images, labels) in pairs.items()]
     # Of a validation and a test folder, the first named in FOLDER_SPLITS is val; the test images stay out of it.
     roots = {"": source}
@@ -164,12 +172,17 @@ def open_source(source: Path, kind: str = "auto", *, verify: bool = True, val_sh
         roots = {FOLDER_SPLITS[name]: source / name for name in reversed(FOLDER_SPLITS) if name in folders}
     splits = []
     for name, root in sorted(roots.items()):
-        labelled = kind == "folders" or (kind == "auto" and any(e.is_dir() and e.name[0] != "." for e in root.iterdir()))
+        labelled = kind == "folders" or (
+            kind == "auto" and any(e.is_dir() and e.name[0] != "." for e in root.iterdir())
+        )
         classes, files = list_folder(root, labelled)
         files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
         if val_share:
             held = max(1, round(len(files) * val_share))
-            splits += [file_split(n, root, classes, part, verify) for n, part in (("train", files[held:]), ("val", files[:held]))]
+            splits += [
+                file_split(n, root, classes, part, verify)
+                for n, part in (("train", files[held:]), ("val", files[:held]))
+            ]
         else:
             splits.append(file_split(name, root, classes, files, verify))
     if len(splits) == 2 and splits[0].classes != splits[1].classes:

@@ -42,13 +42,16 @@ def write_shards(
 
     def flush() -> None:
         name = f"{prefix}-{len(shards):06d}.tar"
-        with written_whole(folder / name) as temporary, open(temporary, "wb") as stream:
-            with webdataset.TarWriter(stream, encoder=False, mtime=0.0) as archive:
-                for key, extension, data, label in buffered:
-                    entry: dict = {"__key__": key, extension: data}
-                    if label is not None:
-                        entry["cls"] = str(label).encode()
-                    archive.write(entry)
+        with (
+            written_whole(folder / name) as temporary,
+            open(temporary, "wb") as stream,
+            webdataset.TarWriter(stream, encoder=False, mtime=0.0) as archive,
+        ):
+            for key, extension, data, label in buffered:
+                entry: dict = {"__key__": key, extension: data}
+                if label is not None:
+                    entry["cls"] = str(label).encode()
+                archive.write(entry)
         shards.append(name)
         buffered.clear()
 

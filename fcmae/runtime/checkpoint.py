@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,13 @@ def find_checkpoint(path: str | Path) -> Path | None:
 
 
 def save(
-    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None, ranks: Ranks, keep: int
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: nn.Module | None,
+    ranks: Ranks,
+    keep: int,
 ) -> Path:
     """Write the checkpoint of `step` and remove all but the newest `keep`. Returns its folder."""
     final = checkpoint_folder(run, step)
@@ -70,7 +78,12 @@ def save(
 def load(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, ema: nn.Module | None = None
 ) -> int:
-    """Restore what `save` wrote, in place, and return its step. Raises CheckpointError if it does not fit."""
+    """Restore what `save` wrote, in place, and return its step. Raises CheckpointError if it does not fit.
+
+    Of the optimiser its moments are restored; learning rate, decay and the like stay as configured now.
+    """
+    groups = optimizer.param_groups if optimizer is not None else []
+    configured = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     try:
         step = int(json.loads((folder / STATE_FILE).read_text())["step"])
         if optimizer is None:
@@ -86,6 +99,8 @@ def load(
         model.load_state_dict(state["model"])
     else:
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for group, settings in zip(optimizer.param_groups, configured, strict=True):
+            group.update(settings)
     if ema is not None and optimizer is not None:
         ema.load_state_dict(state["ema"])
     return step
@@ -105,9 +120,9 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | 
     return state
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801, used like the function it extends
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Without the remark that a single process saves without a process group, which is how it is meant."""
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
+        yield

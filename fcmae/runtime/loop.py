@@ -80,7 +80,9 @@ class Result:
     stopped_by: str | None
 
 
-def fit(task: Task, run: RunConfig, folder: Path, ranks: Ranks, tracker: Tracker, display: Display, start: int) -> Result:
+def fit(
+    task: Task, run: RunConfig, folder: Path, ranks: Ranks, tracker: Tracker, display: Display, start: int
+) -> Result:
     """Train from step `start` to the end, to `run.max_steps` or to the first Ctrl-C or SIGTERM; leaves a checkpoint."""
     stop_at = min(task.total_steps, run.max_steps or task.total_steps)
     if start >= stop_at:
@@ -134,7 +136,9 @@ def fit(task: Task, run: RunConfig, folder: Path, ranks: Ranks, tracker: Tracker
     return Result(step, stop.name if step < stop_at else None)
 
 
-def _step(task: Task, model: nn.Module, batches: Iterator[Batch], run: RunConfig, ranks: Ranks, window: _Window) -> None:
+def _step(
+    task: Task, model: nn.Module, batches: Iterator[Batch], run: RunConfig, ranks: Ranks, window: _Window
+) -> None:
     """Forward, backward and update over `accumulate` micro-batches."""
     total = torch.zeros((), device=ranks.device)
     for part in range(task.accumulate):

@@ -1,6 +1,7 @@
 """A run folder: the options it was started with, where it goes on, and what it reached.
 
-    config.yaml  metrics.jsonl  evaluations.jsonl  checkpoints/step-XXXXXXXX/  reconstructions/*.png  encoder.safetensors (at the end)
+config.yaml  metrics.jsonl  evaluations.jsonl  checkpoints/step-XXXXXXXX/  and what the application adds:
+reconstructions/*.png, encoder.safetensors, best.safetensors, last.safetensors
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class RunFolder:
                 raise ConfigError(
                     key,
                     value,
-                    f"the run in {recorded.parent} was started with {before[key]}; keep that, or choose another run.dir",
+                    f"the run in {recorded.parent} was started with {before[key]}; keep that or choose another run.dir",
                 )
 
     def resume(

@@ -1,10 +1,11 @@
-"""Metrics: one JSON object per step in metrics.jsonl, per evaluation in evaluations.jsonl; Weights & Biases if asked for."""
+"""Metrics: an object per step in metrics.jsonl, per evaluation in evaluations.jsonl; Weights & Biases if asked for."""
 
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from fcmae.files import written_whole
 from fcmae.settings import TrackingConfig
@@ -30,7 +31,7 @@ class Tracker:
                 project=config.project,
                 entity=config.entity,
                 name=config.name or folder.name,
-                mode=config.wandb,
+                mode=cast(Any, config.wandb),
                 dir=str(folder),
                 id=_run_id(folder),
                 resume="allow",
@@ -65,7 +66,7 @@ class Tracker:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop records after `step` and a torn last line, so that a step is recorded once however often a run is cut off."""
+    """Drop records after `step` and a torn last line: a step is recorded once, however often a run is cut off."""
     if not path.exists():
         return
     kept = []
@@ -81,9 +82,7 @@ def _keep_until(path: Path, step: int) -> None:
 
 def _run_id(folder: Path) -> str:
     """A Weights & Biases id that stays with the run folder, so that a resumed run continues its curves."""
-    import wandb
-
     path = folder / "wandb_id"
     if not path.exists():
-        path.write_text(wandb.util.generate_id())
+        path.write_text(secrets.token_hex(4))
     return path.read_text().strip()

@@ -14,7 +14,11 @@ Grid = tuple[int, int]
 
 
 def draw_visible(
-    batch: int, num_patches: int, count: int, generator: torch.Generator | None = None, device: torch.device | None = None
+    batch: int,
+    num_patches: int,
+    count: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Draw `count` of `num_patches` patches per image, uniformly without replacement: (B, V) int64, sorted."""
     device = generator.device if generator is not None else device

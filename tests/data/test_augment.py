@@ -14,7 +14,12 @@ from fcmae.data.augment import CentreView, TrainView, centre_box, draw_visible_i
 def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Largest gap between two empirical distribution functions."""
     points = np.sort(np.concatenate([a, b]))
-    return float(np.abs(np.searchsorted(np.sort(a), points, "right") / len(a) - np.searchsorted(np.sort(b), points, "right") / len(b)).max())
+    return float(
+        np.abs(
+            np.searchsorted(np.sort(a), points, "right") / len(a)
+            - np.searchsorted(np.sort(b), points, "right") / len(b)
+        ).max()
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (64, 64), (300, 40)])

@@ -1,0 +1,192 @@
+"""`python -m fcmae.pretrain` from the outside: real processes, real signals, real torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import make_split, run_module, tiny_run
+from PIL import Image
+from safetensors.torch import load_file
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def encoder(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "encoder.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory) -> Path:
+    """A run of 6 steps, uninterrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = run_module("fcmae.pretrain", *tiny_run(shards), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "Done: step 6 of 6" in done.stdout
+    assert "python -m finetune.train checkpoint=runs/demo/pretrain" in done.stdout
+    return folder / "runs" / "demo" / "pretrain"
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert {p.name for p in finished.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "checkpoints",
+        "reconstructions",
+        "encoder.safetensors",
+    }
+    assert [r["step"] for r in records(finished)] == [1, 2, 3, 4, 5, 6]
+    assert [r["epoch"] for r in records(finished)] == [0, 0, 0, 1, 1, 1]
+    picture = Image.open(finished / "reconstructions" / "step-00000006.png")
+    assert picture.width > 200
+    reference = timm.create_model(
+        "convnextv2_atto", num_classes=0, patch_size=1, dims=(4, 8, 8, 8), depths=(1, 1, 1, 1)
+    )
+    reference.load_state_dict(encoder(finished), strict=True)
+
+
+def test_starting_a_finished_run_again_changes_nothing(finished, shards):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("checkpoints/**/*")}
+    weights = encoder(finished)
+    done = run_module("fcmae.pretrain", *tiny_run(shards), cwd=finished.parents[2])
+    assert done.returncode == 0
+    assert "This run is complete: step 6 of 6" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("checkpoints/**/*")} == before
+    assert all(torch.equal(weights[name], value) for name, value in encoder(finished).items())
+
+
+def test_settings_that_decide_the_result_may_not_change(finished, shards):
+    done = run_module("fcmae.pretrain", *tiny_run(shards, "model.mask_ratio=0.5"), cwd=finished.parents[2])
+    assert done.returncode == 2
+    assert "model.mask_ratio=0.5: the run in runs/demo/pretrain was started with 0.6" in done.stderr
+    done = run_module("fcmae.pretrain", *tiny_run(shards, "run.resume=never"), cwd=finished.parents[2])
+    assert done.returncode == 2
+    assert "run.resume=never: run.dir=runs/demo/pretrain already holds a run" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_stopped_anywhere_and_continued_it_ends_with_the_same_bits(finished, shards, tmp_path, number):
+    command = tiny_run(shards, "run.checkpoint_every=1", "data.workers=1")
+    # A slow step, so that the signal arrives between two of them.
+    code = (
+        "import time, torch, fcmae.runtime.loop as loop; step = loop._step\n"
+        "def slow(*a): time.sleep(0.4); step(*a)\n"
+        "loop._step = slow\n"
+        "from fcmae.pretrain import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    run = tmp_path / "runs" / "demo" / "pretrain"
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-00000002").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, number) if number != signal.SIGTERM else process.terminate()
+    output, errors = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 0, errors
+        assert f"Stopped by {number.name} after step" in output
+        assert "Continue with:  python -m fcmae.pretrain" in output
+        assert "Traceback" not in errors
+    assert len(records(run)) < 6
+    done = run_module("fcmae.pretrain", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected, actual = encoder(finished), encoder(run)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert [r["loss"] for r in records(run)] == [r["loss"] for r in records(finished)]
+
+
+def test_max_steps_stops_early_and_more_steps_continue(finished, shards, tmp_path):
+    for stop in (2, 6):
+        done = run_module("fcmae.pretrain", *tiny_run(shards, f"run.max_steps={stop}"), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    expected, actual = encoder(finished), encoder(tmp_path / "runs" / "demo" / "pretrain")
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_two_ranks_compute_what_one_does(finished, shards, tmp_path):
+    arguments = tiny_run(shards)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fcmae.pretrain",
+         *arguments],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "demo" / "pretrain"
+    for one, two in zip(records(finished), records(run), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    # A run of two ranks continues as one.
+    (run / "metrics.jsonl").rename(run / "old")
+    done = run_module("fcmae.pretrain", *arguments, cwd=tmp_path)
+    assert "This run is complete" in done.stdout
+
+
+def test_bf16_grey_accumulation_and_masked_layout(tmp_path):
+    make_split(tmp_path / "train", 24, channels=1)
+    done = run_module(
+        "fcmae.pretrain",
+        *tiny_run(
+            tmp_path, "model.in_chans=1", "model.image_size=[16,24]", "optim.accumulate=3", "model.layout=masked"
+        ),
+        "run.precision=bf16",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(records(tmp_path / "runs" / "demo" / "pretrain")) == 2
+
+
+def test_a_broken_image_ends_the_run_in_one_line(tmp_path):
+    from fcmae.data.index import read_index
+
+    index = read_index(make_split(tmp_path / "train", 24))
+    with open(index.path(0), "r+b") as shard:
+        shard.seek(int(index.offset[3]))
+        shard.write(b"\0" * int(index.size[3]))
+    done = run_module("fcmae.pretrain", *tiny_run(tmp_path), "data.workers=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "shard-000000.tar: 000003.png cannot be decoded" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_visualize_draws_a_run(finished, tmp_path):
+    done = run_module(
+        "fcmae.visualize", f"checkpoint={finished}", "count=3", "mask_ratio=0.4", "output=out/rows.png", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 images" in done.stdout
+    assert Image.open(tmp_path / "out" / "rows.png").height > 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=/nowhere"], "checkpoint=/nowhere: no such file or folder"),
+        (["checkpoint=."], "must be a run or checkpoint folder of fcmae.pretrain"),
+        (["count=0"], "count=0: must be at least 1"),
+        (["output=x.jpg"], "output=x.jpg: must end in .png"),
+        (["mask_ration=1"], "mask_ration=1: no such setting; did you mean mask_ratio?"),
+    ],
+)
+def test_visualize_mistakes(tmp_path, arguments, message):
+    done = run_module("fcmae.visualize", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
