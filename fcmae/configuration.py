@@ -60,6 +60,11 @@ def run(composed: DictConfig, schema: type[Schema], body: Callable[[Schema], Non
         body(config)
     except UserError as error:
         fail(error)  # here, since Hydra would add a line of its own to an error that passes through it
+    except RuntimeError as error:
+        # torch's handler raises this wherever the main process happens to be.
+        if "DataLoader worker" not in str(error):
+            raise
+        fail(UserError(f"{error}. Something outside ended it, often for lack of memory; try a smaller data.workers"))
 
 
 def fail(error: BaseException) -> NoReturn:

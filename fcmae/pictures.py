@@ -71,7 +71,7 @@ def write_reconstructions(
 def save_rows(columns: list[Tensor], path: Path, groups: int = 2) -> None:
     """Write uint8 images (B, C, H, W), one tensor per column, as titled rows, `groups` of them side by side."""
     count, channels, height, width = columns[0].shape
-    zoom = max(1, round(112 / width))
+    zoom = -(-112 // width)
     gap, top = 6, 18
     groups = min(groups, count)
     lines = -(-count // groups)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fcmae.convert import save_encoder
 from fcmae.data.augment import TrainView
-from fcmae.data.demo import ensure_demo
-from fcmae.data.index import ShardIndex, read_index
+from fcmae.data.index import ShardIndex
 from fcmae.data.loader import Batch, Samples, ShardReader, normalise, train_batches
 from fcmae.data.order import BatchPlan
+from fcmae.data.splits import open_split
 from fcmae.model import FCMAE, create_model
 from fcmae.pictures import write_reconstructions
 from fcmae.runtime.distributed import Ranks, ranks
@@ -24,7 +24,7 @@ from fcmae.runtime.optim import build_optimizer, build_schedule
 from fcmae.runtime.progress import Display
 from fcmae.runtime.rundir import RunFolder
 from fcmae.runtime.tracking import Tracker
-from fcmae.settings import DEMO, DataConfig, ModelConfig, PretrainConfig
+from fcmae.settings import ModelConfig, PretrainConfig
 
 # What may not change between a run and its continuation: it decides what a step computes.
 FIXED = ("model.", "data.train", "data.crop_scale", "data.hflip", "data.block_shards", "optim.batch_size", "run.seed")
@@ -130,19 +130,6 @@ def build_model(config: ModelConfig) -> FCMAE:
         depths=config.depths,
         dims=config.dims,
     )
-
-
-def open_split(data: DataConfig, name: str, me: Ranks) -> ShardIndex | None:
-    """The index of a split, rendering the demo on first use; None if the split is not there."""
-    source = data.split(name)
-    if source is None:
-        return None
-    if source == DEMO:
-        if me.main:
-            ensure_demo()
-        me.barrier()
-        return read_index(ensure_demo() / name)
-    return read_index(source)
 
 
 def describe(config: PretrainConfig, model: FCMAE, index: ShardIndex, total: int, me: Ranks) -> str:

@@ -69,8 +69,9 @@ def hydra_main(composed: DictConfig) -> None:
 
 def visualize(config: VisualizeConfig) -> None:
     """Write the picture `config` asks for."""
+    from fcmae.data.splits import open_split
     from fcmae.pictures import write_reconstructions
-    from fcmae.pretraining import build_model, open_split
+    from fcmae.pretraining import build_model
     from fcmae.runtime.checkpoint import find_checkpoint, load
     from fcmae.runtime.distributed import ranks
 

@@ -22,9 +22,9 @@ from fcmae.convert import load_encoder, read_encoder
 from fcmae.data.augment import CentreView, TrainView
 from fcmae.data.loader import Batch, Samples, ShardReader, evaluation_batches, normalise, train_batches
 from fcmae.data.order import BatchPlan
+from fcmae.data.splits import open_split
 from fcmae.files import written_whole
 from fcmae.model import create_encoder
-from fcmae.pretraining import open_split
 from fcmae.runtime.distributed import Ranks, ranks
 from fcmae.runtime.loop import Result, Task, fit
 from fcmae.runtime.optim import build_optimizer, build_schedule
@@ -146,10 +146,10 @@ class _Finetuning:
         self.display.say(self.describe(total))
         try:
             result = fit(task, config.run, self.folder.path, me, self.tracker, self.display, start)
-            if result.stopped_by is None and not any(
-                r["step"] == result.step for r in self.folder.records("evaluations")
-            ):
-                self.measure(result.step, plan.steps_per_epoch)  # cut off between the last step and its evaluation
+            # A run cut off between its last step and the evaluation of it still owes that; rank 0 knows.
+            owed = me.main and not any(r["step"] == result.step for r in self.folder.records("evaluations"))
+            if result.stopped_by is None and me.any(owed):
+                self.measure(result.step, plan.steps_per_epoch)
             self.finish(result, total)
         finally:
             self.tracker.close()

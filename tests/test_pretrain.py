@@ -166,6 +166,26 @@ def test_a_broken_image_ends_the_run_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_killed_worker_ends_the_run_with_a_message(shards, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fcmae.pretrain", *tiny_run(shards), "data.workers=1", "optim.epochs=2000"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs" / "demo" / "pretrain" / "metrics.jsonl").exists() or not records(
+        tmp_path / "runs" / "demo" / "pretrain"
+    ):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+    os.kill(int(worker), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith("error: DataLoader worker (pid")
+    assert errors.count("\n") == 1
+
+
 def test_visualize_draws_a_run(finished, tmp_path):
     done = run_module(
         "fcmae.visualize", f"checkpoint={finished}", "count=3", "mask_ratio=0.4", "output=out/rows.png", cwd=tmp_path

@@ -33,19 +33,27 @@ class RunFolder:
         """Create the folder and record the options, after comparing them with those of the run to be continued.
 
         Raises:
-            ConfigError: if a setting that decides what a step computes differs.
+            ConfigError: if a setting that decides what a step computes differs, or the folder cannot be written.
         """
         self.settings = dataclasses.asdict(config)
         source = None if config.run.resume == "never" else checkpoint.find_checkpoint(self._source(config.run.resume))
         if source is not None:
             self._compare(source.parents[1] / "config.yaml")
         if self.ranks.main:
-            with written_whole(self.path / "config.yaml") as temporary:
-                temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(self.settings)))
+            self._record()
         self.ranks.barrier()
 
+    def _record(self) -> None:
+        try:
+            with written_whole(self.path / "config.yaml") as temporary:
+                temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(self.settings)))
+        except OSError as error:
+            raise ConfigError("run.dir", self.path, f"cannot be written: {error.strerror}") from error
+
     def _source(self, resume: str) -> Path:
-        return self.path if resume == "auto" else Path(resume)
+        """Where to look for a checkpoint: a run with one of its own, as after a requeue, always goes on from that."""
+        own = resume == "auto" or checkpoint.find_checkpoint(self.path) is not None
+        return self.path if own else Path(resume)
 
     def _compare(self, recorded: Path) -> None:
         if not recorded.is_file():

@@ -1,0 +1,28 @@
+"""A split by its setting: a folder of shards, or the demo, rendered on first use."""
+
+from __future__ import annotations
+
+from fcmae.data.demo import cache_folder, ensure_demo
+from fcmae.data.index import ShardIndex, read_index
+from fcmae.errors import DataError
+from fcmae.runtime.distributed import Ranks
+from fcmae.settings import DEMO, DataConfig
+
+
+def open_split(data: DataConfig, name: str, ranks: Ranks) -> ShardIndex | None:
+    """The index of `train` or `val`; None if the split is not there. All ranks call it together."""
+    source = data.split(name)
+    if source is None:
+        return None
+    if source != DEMO:
+        return read_index(source)
+    if ranks.main:
+        try:
+            ensure_demo()
+        except OSError as error:
+            raise DataError(
+                f"data.{name}={DEMO}: its images cannot be written below {cache_folder()} ({error.strerror}); "
+                "set XDG_CACHE_HOME to a folder that can"
+            ) from error
+    ranks.barrier()
+    return read_index(ensure_demo() / name)
