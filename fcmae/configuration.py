@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import signal
 import sys
 import traceback
 import typing
@@ -64,6 +65,7 @@ def run(composed: DictConfig, schema: type[Schema], body: Callable[[Schema], Non
         # torch's handler raises this wherever the main process happens to be.
         if "DataLoader worker" not in str(error):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # said once is enough
         fail(UserError(f"{error}. Something outside ended it, often for lack of memory; try a smaller data.workers"))
 
 

@@ -157,10 +157,22 @@ def _load(batches: _Batches, numbers: range, workers: int) -> Iterator[Batch]:
         # It would draw a seed, which nothing here uses, from the generator that the training step was seeded on.
         generator=torch.Generator(),
     )
-    for batch in loader:
+    arriving = iter(loader)
+    for _ in numbers:
+        try:
+            batch = next(arriving)
+        except (OSError, EOFError) as error:
+            # What receiving from a worker that is gone ends in, unless torch notices first.
+            if workers == 0 or "in DataLoader worker process" in str(error):
+                raise
+            raise WorkerError(f"DataLoader worker exited unexpectedly ({type(error).__name__})") from error
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+class WorkerError(RuntimeError):
+    """A loader process ended from outside; torch raises plain RuntimeErrors with the same beginning."""
 
 
 def _start_worker(worker: int) -> None:
