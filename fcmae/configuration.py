@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -81,7 +81,9 @@ def describe(error: BaseException) -> str:
     """An error of Hydra or OmegaConf as one line, without their advice about their own syntax."""
     if isinstance(error, UserError):
         return str(error)
-    text = str(error).split("Config search path:")[0]
+    text = str(error).split("Config search path:")[0].split("See https://")[0]
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read as key=value ({text.splitlines()[0].strip()})"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith(("full_key", "object_type", "reference_type")))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fcmae.configuration import conf_dir
 from fcmae.convert import save_encoder
 from fcmae.data.augment import TrainView
-from fcmae.data.index import ShardIndex
 from fcmae.data.loader import Batch, Samples, ShardReader, normalise, train_batches
 from fcmae.data.order import BatchPlan
 from fcmae.data.splits import open_split
@@ -29,90 +29,6 @@ from fcmae.settings import ModelConfig, PretrainConfig
 # What may not change between a run and its continuation: it decides what a step computes.
 FIXED = ("model.", "data.train", "data.crop_scale", "data.hflip", "data.block_shards", "optim.batch_size", "run.seed")
 FREE = ("model.layout",)
-
-
-def pretrain(config: PretrainConfig) -> None:
-    """Run `python -m fcmae.pretrain` with validated options."""
-    with ranks(config.run.device) as me:
-        _pretrain(config, me)
-
-
-def _pretrain(config: PretrainConfig, me: Ranks) -> None:
-    folder = RunFolder(Path(config.run.dir), me, FIXED, FREE)
-    folder.open(config)
-    index = open_split(config.data, "train", me)
-    assert index is not None
-    torch.manual_seed(config.run.seed)
-    model = build_model(config.model).to(me.device)
-    optimizer = build_optimizer(model, config.optim)
-    start = folder.resume(config.run.resume, model, optimizer)
-
-    mean, std = config.data.statistics(config.model.in_chans)
-    samples = Samples(
-        ShardReader(index),
-        TrainView(model.image_size, tuple(config.data.crop_scale), config.data.hflip),  # type: ignore[arg-type]
-        config.model.in_chans,
-        config.run.seed,
-        model.num_patches,
-        model.num_visible,
-    )
-    plan = BatchPlan(
-        index.shard_samples,
-        config.optim.batch_size,
-        config.optim.accumulate,
-        me.rank,
-        me.count,
-        config.run.seed,
-        config.data.block_shards,
-    )
-    total = config.optim.epochs * plan.steps_per_epoch
-    stop_at = min(total, config.run.max_steps or total)
-
-    def batches(step: int) -> Iterator[Batch]:
-        a = config.optim.accumulate
-        return train_batches(samples, plan, step * a, stop_at * a, config.data.workers)
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return model(normalise(batch["image"], mean, std), batch["visible"]).loss
-
-    tracker = Tracker(folder.path, config.tracking, folder.settings, start, me.main)
-    display = Display(stop_at, start, me.main)
-
-    def draw(step: int) -> Path | None:
-        if not me.main:
-            return None
-        path = folder.path / "reconstructions" / f"step-{step:08d}.png"
-        shown = open_split(config.data, "val", me) or index
-        write_reconstructions(model, shown, path, mean=mean, std=std, seed=config.run.seed)
-        tracker.picture("reconstructions", path, step)
-        return path
-
-    every = config.run.picture_every
-
-    def after_step(step: int) -> None:
-        if every and step % every == 0 and step < stop_at and me.main:
-            draw(step)
-
-    task = Task(
-        model=model,
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, config.optim, plan.steps_per_epoch),
-        batches=batches,
-        loss=loss,
-        batch_size=config.optim.batch_size,
-        accumulate=config.optim.accumulate,
-        steps_per_epoch=plan.steps_per_epoch,
-        total_steps=total,
-        clip_grad=config.optim.clip_grad,
-        after_step=after_step,
-    )
-    display.say(describe(config, model, index, total, me))
-    try:
-        result = fit(task, config.run, folder.path, me, tracker, display, start)
-        if me.main:
-            finish(config, model, folder, result, start, total, draw(result.step), display)
-    finally:
-        tracker.close()
 
 
 def build_model(config: ModelConfig) -> FCMAE:
@@ -132,46 +48,139 @@ def build_model(config: ModelConfig) -> FCMAE:
     )
 
 
-def describe(config: PretrainConfig, model: FCMAE, index: ShardIndex, total: int, me: Ranks) -> str:
-    """What is about to run, in a few lines."""
-    rows, columns = model.grid
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    device = torch.cuda.get_device_name(me.device) if me.device.type == "cuda" else "CPU"
-    return (
-        f"FCMAE {config.model.size}: encoder {encoder / 1e6:.2f} M parameters, layout {model.layout}; "
-        f"{model.image_size[0]}×{model.image_size[1]} images in {rows}×{columns} patches, "
-        f"{model.num_visible} of {model.num_patches} visible\n"
-        f"data: {len(index):,} images in {len(index.shards)} shards from {index.folder}\n"
-        f"{config.optim.epochs} epochs, {total:,} steps of {config.optim.batch_size} images, "
-        f"peak lr {config.optim.absolute_lr:.2e}, {config.run.precision} on {me.count} × {device}; "
-        f"run folder {config.run.dir}"
-    )
+def pretrain(config: PretrainConfig) -> None:
+    """Run `python -m fcmae.pretrain` with validated options."""
+    with ranks(config.run.device) as me:
+        _Pretraining(config, me).run()
 
 
-def finish(
-    config: PretrainConfig,
-    model: FCMAE,
-    folder: RunFolder,
-    result: Result,
-    start: int,
-    total: int,
-    picture: Path | None,
-    display: Display,
-) -> None:
-    """Write the encoder and say what was reached, where it is and how to go on."""
-    weights = folder.path / "encoder.safetensors"
-    save_encoder(model.encoder, weights, config.model, step=result.step, total_steps=total)
-    run = shlex.quote(str(folder.path))
-    again = " ".join(["python -m fcmae.pretrain", *(shlex.quote(a) for a in sys.argv[1:])])
-    if result.stopped_by is not None:
-        display.say(f"\nStopped by {result.stopped_by} after step {result.step:,} of {total:,}; everything is saved.")
-        display.say(f"Continue with:  {again}")
-        return
-    loss = folder.recent_loss()
-    ended = "This run is complete" if start >= result.step else "Done"
-    display.say(f"\n{ended}: step {result.step:,} of {total:,}" + (f", loss {loss:.3f}" if loss is not None else ""))
-    display.say(f"  encoder          {weights}")
-    display.say(f"  reconstructions  {picture}")
-    display.say(f"  fine-tune with   python -m finetune.train checkpoint={run}")
-    if start >= result.step:
-        display.say("  for a new run    choose another run.dir, or remove this one")
+class _Pretraining:
+    """One run: the pieces that training, pictures and the closing words share."""
+
+    def __init__(self, config: PretrainConfig, me: Ranks) -> None:
+        self.config, self.me = config, me
+        self.folder = RunFolder(Path(config.run.dir), me, FIXED, FREE)
+        self.folder.open(config)
+        index = open_split(config.data, "train", me)
+        assert index is not None
+        self.index, self.shown = index, open_split(config.data, "val", me) or index
+        self.mean, self.std = config.data.statistics(config.model.in_chans)
+        torch.manual_seed(config.run.seed)
+        self.model = build_model(config.model).to(me.device)
+        self.plan = BatchPlan(
+            index.shard_samples,
+            config.optim.batch_size,
+            config.optim.accumulate,
+            me.rank,
+            me.count,
+            config.run.seed,
+            config.data.block_shards,
+        )
+        self.total = config.optim.epochs * self.plan.steps_per_epoch
+        self.stop_at = min(self.total, config.run.max_steps or self.total)
+
+    def run(self) -> None:
+        config = self.config
+        optimizer = build_optimizer(self.model, config.optim)
+        start = self.folder.resume(config.run.resume, self.model, optimizer)
+        self.tracker = Tracker(self.folder.path, config.tracking, self.folder.settings, start, self.me.main)
+        self.display = Display(self.stop_at, start, self.me.main)
+        task = Task(
+            model=self.model,
+            optimizer=optimizer,
+            schedule=build_schedule(optimizer, config.optim, self.plan.steps_per_epoch),
+            batches=self.batches,
+            loss=self.loss,
+            batch_size=config.optim.batch_size,
+            accumulate=config.optim.accumulate,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            total_steps=self.total,
+            clip_grad=config.optim.clip_grad,
+            after_step=self.after_step,
+        )
+        self.display.say(self.describe())
+        try:
+            result = fit(task, config.run, self.folder.path, self.me, self.tracker, self.display, start)
+            if self.me.main:
+                self.finish(result, start)
+        finally:
+            self.tracker.close()
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches from a step on."""
+        config, model = self.config, self.model
+        low, high = config.data.crop_scale
+        samples = Samples(
+            ShardReader(self.index),
+            TrainView(model.image_size, (low, high), config.data.hflip),
+            config.model.in_chans,
+            config.run.seed,
+            model.num_patches,
+            model.num_visible,
+        )
+        parts = config.optim.accumulate
+        return train_batches(samples, self.plan, step * parts, self.stop_at * parts, config.data.workers)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(normalise(batch["image"], self.mean, self.std), batch["visible"]).loss
+
+    def after_step(self, step: int) -> None:
+        every = self.config.run.picture_every
+        if self.me.main and every and step % every == 0 and step < self.stop_at:
+            self.draw(step)
+
+    def draw(self, step: int) -> Path:
+        """Write the reconstructions after `step`."""
+        path = self.folder.path / "reconstructions" / f"step-{step:08d}.png"
+        write_reconstructions(self.model, self.shown, path, mean=self.mean, std=self.std, seed=self.config.run.seed)
+        self.tracker.picture("reconstructions", path, step)
+        return path
+
+    def describe(self) -> str:
+        """What is about to run, in a few lines."""
+        config, model, me = self.config, self.model, self.me
+        rows, columns = model.grid
+        encoder = sum(p.numel() for p in model.encoder.parameters())
+        device = torch.cuda.get_device_name(me.device) if me.device.type == "cuda" else "CPU"
+        return (
+            f"FCMAE {config.model.size}: encoder {encoder / 1e6:.2f} M parameters, layout {model.layout}; "
+            f"{model.image_size[0]}×{model.image_size[1]} images in {rows}×{columns} patches, "
+            f"{model.num_visible} of {model.num_patches} visible\n"
+            f"data: {len(self.index):,} images in {len(self.index.shards)} shards from {self.index.folder}\n"
+            f"{config.optim.epochs} epochs, {self.total:,} steps of {config.optim.batch_size} images, "
+            f"peak lr {config.optim.absolute_lr:.2e}, {config.run.precision} on {me.count} × {device}; "
+            f"run folder {config.run.dir}"
+        )
+
+    def finish(self, result: Result, start: int) -> None:
+        """Write the encoder and say what was reached, where it is and how to go on."""
+        say = self.display.say
+        weights = self.folder.path / "encoder.safetensors"
+        save_encoder(self.model.encoder, weights, self.config.model, step=result.step, total_steps=self.total)
+        picture = self.draw(result.step)
+        if result.stopped_by is not None:
+            again = " ".join(["python -m fcmae.pretrain", *(shlex.quote(a) for a in sys.argv[1:])])
+            say(f"\nStopped by {result.stopped_by} after step {result.step:,} of {self.total:,}; everything is saved.")
+            say(f"Continue with:  {again}")
+            return
+        loss = self.folder.recent_loss()
+        complete = start >= result.step
+        ended = "This run is complete" if complete else "Done"
+        say(f"\n{ended}: step {result.step:,} of {self.total:,}" + (f", loss {loss:.3f}" if loss is not None else ""))
+        say(f"  encoder          {weights}")
+        say(f"  reconstructions  {picture}")
+        if int(self.index.label.min()) >= 0:
+            say(f"  fine-tune with   {finetune_command(self.config)}")
+        if complete:
+            say("  for a new run    choose another run.dir, or remove this one")
+
+
+def finetune_command(config: PretrainConfig) -> str:
+    """The command that fine-tunes the encoder of this run, with the recipe of its experiment where there is one."""
+    name, folder = config.run.name, Path(config.run.dir)
+    words = ["python -m finetune.train", f"checkpoint={shlex.quote(str(folder))}"]
+    if folder != Path("runs") / name / "pretrain":
+        words.append(f"run.dir={shlex.quote(str(folder.with_name(f'{folder.name}-finetune')))}")
+    elif name != "demo" and (Path(conf_dir()) / "experiment" / f"{name}.yaml").is_file():
+        words.insert(1, f"experiment={name}")
+    return " ".join(words)

@@ -17,6 +17,9 @@ from conftest import make_split, run_module, tiny_run
 from PIL import Image
 from safetensors.torch import load_file
 
+from fcmae.pretraining import finetune_command
+from fcmae.settings import PretrainConfig
+
 
 def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -138,6 +141,20 @@ def test_two_ranks_compute_what_one_does(finished, shards, tmp_path):
     assert "This run is complete" in done.stdout
 
 
+def test_two_ranks_render_the_demo_and_draw_pictures(tmp_path):
+    # Rank 0 renders and draws alone; the other must neither wait for it elsewhere nor find half a data set.
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fcmae.pretrain",
+         "model.image_size=16", "optim.batch_size=16", "run.max_steps=4", "run.picture_every=2", "data.workers=0"],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pictures = sorted(p.name for p in (tmp_path / "runs" / "demo" / "pretrain" / "reconstructions").iterdir())
+    assert pictures == ["step-00000002.png", "step-00000004.png"]
+    assert done.stdout.count("Done: step 4") == 1
+
+
 def test_bf16_grey_accumulation_and_masked_layout(tmp_path):
     make_split(tmp_path / "train", 24, channels=1)
     done = run_module(
@@ -185,6 +202,18 @@ def test_a_killed_worker_ends_the_run_with_a_message(shards, tmp_path):
     assert errors.startswith("error: DataLoader worker ")
     assert "Something outside ended it, often for lack of memory" in errors
     assert errors.count("\n") == 1, errors
+
+
+def test_the_closing_command_names_recipe_and_folder():
+    config = PretrainConfig()
+    config.run.name, config.run.dir = "demo", "runs/demo/pretrain"
+    assert finetune_command(config) == "python -m finetune.train checkpoint=runs/demo/pretrain"
+    config.run.name, config.run.dir = "fashion_mnist", "runs/fashion_mnist/pretrain"
+    expected = "python -m finetune.train experiment=fashion_mnist checkpoint=runs/fashion_mnist/pretrain"
+    assert finetune_command(config) == expected
+    config.run.dir = "my runs/a"
+    expected = "python -m finetune.train checkpoint='my runs/a' run.dir='my runs/a-finetune'"
+    assert finetune_command(config) == expected
 
 
 def test_visualize_draws_a_run(finished, tmp_path):

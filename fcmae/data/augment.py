@@ -50,8 +50,8 @@ def centre_box(width: int, height: int, size: tuple[int, int], crop_share: float
     """The centred box of aspect `size` (height, width) that covers `crop_share` of the image's tighter side."""
     scale = crop_share * min(width / size[1], height / size[0])
     w, h = size[1] * scale, size[0] * scale
-    left, top = (width - w) / 2, (height - h) / 2
-    return left, top, left + w, top + h
+    left, top = max(0.0, (width - w) / 2), max(0.0, (height - h) / 2)  # rounding may fall a hair outside
+    return left, top, min(left + w, width), min(top + h, height)
 
 
 @dataclass(frozen=True)

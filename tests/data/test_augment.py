@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
@@ -87,6 +89,25 @@ def test_centre_box_and_view():
     image = Image.fromarray(np.zeros((50, 100), np.uint8))
     image.paste(255, (25, 0, 75, 50))
     assert (np.asarray(CentreView((10, 10))(image, np.random.default_rng(0)))[1:-1, 1:-1] == 255).all()
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 40), st.integers(1, 40), st.floats(0.05, 1.0))
+@settings(max_examples=300, deadline=None)
+def test_centre_box_stays_inside_the_image(width, height, rows, columns, share):
+    left, top, right, bottom = centre_box(width, height, (rows * 8, columns * 8), share)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    assert (right - left) / (bottom - top) == pytest.approx(columns / rows, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (160, 224), (32, 32)])
+def test_views_of_awkward_sizes(size):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        width, height = (int(n) for n in rng.integers(1, 700, 2))
+        image = Image.new("L", (width, height))
+        assert CentreView(size)(image, rng).size == (size[1], size[0])
+        assert TrainView(size)(image, rng).size == (size[1], size[0])
 
 
 def test_visible_ids_are_sorted_and_uniform():
