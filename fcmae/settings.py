@@ -111,7 +111,8 @@ class DataConfig:
         if name == "val" and value == "auto":
             if self.train == DEMO:
                 return DEMO
-            beside = Path(str(self.train)).expanduser().resolve().parent / "val"
+            train = Path(str(self.train)).expanduser().resolve()
+            beside = (train.parent if train.suffix == ".safetensors" else train).parent / "val"
             return str(beside) if (beside / "index.safetensors").is_file() else None
         return value
 

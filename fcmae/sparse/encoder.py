@@ -68,7 +68,13 @@ def adopt_blocks(module: nn.Module) -> None:
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm over the channels of channels-last features, whichever axis order the module was built for."""
+    """LayerNorm over the channels of channels-last features, whichever axis order the module was built for.
+
+    Under autocast it runs and answers in float32, on every device, as CUDA's autocast does by itself; the residual
+    stream, which begins behind the stem's norm, is float32 with it.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.float()
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
