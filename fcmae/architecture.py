@@ -118,6 +118,6 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
     return int(num_patches * (1.0 - mask_ratio) + 1e-9)
 
 
-def check_layout(layout: str, prefix: str = "model.") -> None:
+def check_layout(layout: str, prefix: str = "") -> None:
     if layout not in LAYOUTS:
         raise ConfigError(f"{prefix}layout", layout, f"must be one of {', '.join(LAYOUTS)}")

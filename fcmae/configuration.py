@@ -10,23 +10,37 @@ import dataclasses
 import difflib
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fcmae.errors import ConfigError, UserError
 
 Schema = TypeVar("Schema")
+
+
+def override(key: str, value: str) -> str:
+    """`key=value` as typed into a shell, quoted for it and for Hydra where the value needs that."""
+    if re.fullmatch(r"[A-Za-z0-9_./:+-]+", value):
+        return f"{key}={value}"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return shlex.quote(f'{key}="{escaped}"')
 
 
 def conf_dir() -> str:
@@ -47,19 +61,23 @@ def launch(hydra_main: Callable[[], Any], schema: type) -> None:
     try:
         check_overrides(sys.argv[1:], schema)
         hydra_main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException, YAMLError) as error:
         fail(error)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def run(composed: DictConfig, schema: type[Schema], body: Callable[[Schema], None]) -> None:
     """Type and validate what Hydra composed and run `body` on it; the inside of a `@hydra.main` function."""
     try:
+        if HydraConfig.get().mode == RunMode.MULTIRUN and "run" in composed and "run.dir" in leaf_keys(schema):
+            # Jobs of a sweep must not continue each other.
+            composed.run.dir = f"{composed.run.dir}/{HydraConfig.get().job.num}"
         config = to_dataclass(composed, schema)
         config.validate()  # type: ignore[attr-defined]
         body(config)
-    except UserError as error:
+    except (UserError, OmegaConfBaseException) as error:
         fail(error)  # here, since Hydra would add a line of its own to an error that passes through it
     except RuntimeError as error:
         # torch's handler raises this wherever the main process happens to be.
@@ -71,7 +89,7 @@ def run(composed: DictConfig, schema: type[Schema], body: Callable[[Schema], Non
 
 def fail(error: BaseException) -> NoReturn:
     """Report an error as one line, after its traceback if run.debug=true was given, and exit with code 2."""
-    if any(argument.lstrip("+") == "run.debug=true" for argument in sys.argv[1:]):
+    if any(argument.lstrip("+") in ("run.debug=true", "debug=true") for argument in sys.argv[1:]):
         traceback.print_exc()
     print(f"error: {describe(error)}", file=sys.stderr)
     sys.exit(2)
@@ -83,7 +101,8 @@ def describe(error: BaseException) -> str:
         return str(error)
     text = str(error).split("Config search path:")[0].split("See https://")[0]
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as key=value ({text.splitlines()[0].strip()})"
+        reason = text.splitlines()[0].strip() or "special characters"
+        return f"{error.override}: cannot be read as key=value ({reason}); quote special characters: 'key=\"value\"'"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith(("full_key", "object_type", "reference_type")))
 
@@ -95,6 +114,10 @@ def check_overrides(arguments: list[str], schema: type) -> None:
     known = set(leaf_keys(schema))
     for override in OverridesParser.create().parse_overrides(words):
         key = override.key_or_group
+        if key in groups and not isinstance(override.value(), str):
+            raise ConfigError(
+                key, str(override.input_line).split("=", 1)[1], "must be the name of a file in conf/" + key
+            )
         if "/" in key or key in groups or key.split(".")[0] == "hydra" or override.is_delete():
             continue
         if key not in known and not any(name.startswith(key + ".") for name in known):
@@ -183,6 +206,4 @@ def expected_type(schema: type, key: str) -> str:
 
 
 def _is_union(kind: Any) -> bool:
-    import types
-
     return typing.get_origin(kind) in (typing.Union, types.UnionType)

@@ -22,7 +22,7 @@ from torch import Tensor
 from fcmae import __version__
 from fcmae.errors import CheckpointError
 from fcmae.files import written_whole
-from fcmae.recorded import recorded_settings
+from fcmae.recorded import header_model, recorded_settings
 from fcmae.runtime.checkpoint import find_checkpoint, load_tensors
 from fcmae.settings import ModelConfig
 
@@ -94,7 +94,7 @@ def _read_file(path: Path) -> EncoderWeights:
             with safe_open(path, framework="pt") as handle:
                 header = handle.metadata() or {}
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, not a mapping
-            return EncoderWeights(tensors, path, json.loads(header.get("model", "{}")))
+            return EncoderWeights(tensors, path, header_model(header))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise CheckpointError(f"checkpoint={path}: is not a file of plain tensors and is not unpickled") from error
@@ -112,15 +112,18 @@ def _read_file(path: Path) -> EncoderWeights:
 def load_encoder(model: ConvNeXt, weights: EncoderWeights) -> None:
     """Load pretrained weights into a classifier: everything must fit, and only the head may be missing.
 
+    The head itself starts fresh, also where the weights are of another classifier.
+
     Raises:
         CheckpointError: naming missing, unexpected and differently shaped keys.
     """
     own = model.state_dict()
-    missing = [name for name in own if name not in weights.tensors and not name.startswith("head.")]
-    unexpected = [name for name in weights.tensors if name not in own]
+    tensors = {name: value for name, value in weights.tensors.items() if not name.startswith("head.fc.")}
+    missing = [name for name in own if name not in tensors and not name.startswith("head.")]
+    unexpected = [name for name in tensors if name not in own]
     shapes = [
         f"{name} {tuple(value.shape)} where the model has {tuple(own[name].shape)}"
-        for name, value in weights.tensors.items()
+        for name, value in tensors.items()
         if name in own and own[name].shape != value.shape
     ]
     problems = [
@@ -130,4 +133,4 @@ def load_encoder(model: ConvNeXt, weights: EncoderWeights) -> None:
     ]
     if problems:
         raise CheckpointError(f"checkpoint={weights.source}: does not fit the model: {'; '.join(problems)}")
-    model.load_state_dict(weights.tensors, strict=False)
+    model.load_state_dict(tensors, strict=False)

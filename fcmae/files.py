@@ -12,7 +12,7 @@ from pathlib import Path
 def written_whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; flushed and renamed to `path` if the block ends well, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as stream:

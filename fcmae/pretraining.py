@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fcmae.configuration import conf_dir
+from fcmae.configuration import conf_dir, override
 from fcmae.convert import save_encoder
 from fcmae.data.augment import TrainView
-from fcmae.data.loader import Batch, Samples, ShardReader, normalise, train_batches
+from fcmae.data.loader import FIXED_DATA, Batch, Samples, ShardReader, normalise, train_batches
 from fcmae.data.order import BatchPlan
 from fcmae.data.splits import open_split
 from fcmae.model import FCMAE, create_model
@@ -27,7 +27,7 @@ from fcmae.runtime.tracking import Tracker
 from fcmae.settings import ModelConfig, PretrainConfig
 
 # What may not change between a run and its continuation: it decides what a step computes.
-FIXED = ("model.", "data.train", "data.crop_scale", "data.hflip", "data.block_shards", "optim.batch_size", "run.seed")
+FIXED = ("model.", *FIXED_DATA, "optim.batch_size", "run.seed")
 FREE = ("model.layout",)
 
 
@@ -59,11 +59,11 @@ class _Pretraining:
 
     def __init__(self, config: PretrainConfig, me: Ranks) -> None:
         self.config, self.me = config, me
-        self.folder = RunFolder(Path(config.run.dir), me, FIXED, FREE)
-        self.folder.open(config)
         index = open_split(config.data, "train", me)
         assert index is not None
         self.index, self.shown = index, open_split(config.data, "val", me) or index
+        self.folder = RunFolder(Path(config.run.dir), me, FIXED, FREE)
+        self.folder.open(config, index.fingerprint)
         self.mean, self.std = config.data.statistics(config.model.in_chans)
         torch.manual_seed(config.run.seed)
         self.model = build_model(config.model).to(me.device)
@@ -105,6 +105,8 @@ class _Pretraining:
                 self.finish(result, start)
         finally:
             self.tracker.close()
+        if result.stopped_by is not None:
+            sys.exit(128 + result.stopped_by)
 
     def batches(self, step: int) -> Iterator[Batch]:
         """This rank's micro-batches from a step on."""
@@ -160,11 +162,11 @@ class _Pretraining:
         picture = self.draw(result.step)
         if result.stopped_by is not None:
             again = " ".join(["python -m fcmae.pretrain", *(shlex.quote(a) for a in sys.argv[1:])])
-            say(f"\nStopped by {result.stopped_by} after step {result.step:,} of {self.total:,}; everything is saved.")
+            say(f"\nStopped by {result.stopped_by.name} after step {result.step:,} of {self.total:,}; all is saved.")
             say(f"Continue with:  {again}")
             return
         loss = self.folder.recent_loss()
-        complete = start >= result.step
+        complete = start >= self.total
         ended = "This run is complete" if complete else "Done"
         say(f"\n{ended}: step {result.step:,} of {self.total:,}" + (f", loss {loss:.3f}" if loss is not None else ""))
         say(f"  encoder          {weights}")
@@ -178,9 +180,11 @@ class _Pretraining:
 def finetune_command(config: PretrainConfig) -> str:
     """The command that fine-tunes the encoder of this run, with the recipe of its experiment where there is one."""
     name, folder = config.run.name, Path(config.run.dir)
-    words = ["python -m finetune.train", f"checkpoint={shlex.quote(str(folder))}"]
-    if folder != Path("runs") / name / "pretrain":
-        words.append(f"run.dir={shlex.quote(str(folder.with_name(f'{folder.name}-finetune')))}")
-    elif name != "demo" and (Path(conf_dir()) / "experiment" / f"{name}.yaml").is_file():
+    words = ["python -m finetune.train", override("checkpoint", str(folder))]
+    standard = folder == Path("runs") / name / "pretrain"
+    if standard and name != "demo" and (Path(conf_dir()) / "experiment" / f"{name}.yaml").is_file():
         words.insert(1, f"experiment={name}")
+    elif not (standard and name == "demo"):
+        target = folder.with_name("finetune" if folder.name == "pretrain" else f"{folder.name}-finetune")
+        words.append(override("run.dir", str(target)))
     return " ".join(words)

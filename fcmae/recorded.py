@@ -37,4 +37,13 @@ def _header(path: Path) -> dict[str, Any]:
             header = handle.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint={path}: cannot be read as weights: {error}") from error
-    return {"model": json.loads(header["model"])} if "model" in header else {}
+    return {"model": header_model(header)}
+
+
+def header_model(header: dict[str, str]) -> dict[str, Any]:
+    """The model settings in the header of a weight file; empty for a foreign file, whatever its header holds."""
+    try:
+        model = json.loads(header.get("model", "{}"))
+    except ValueError:
+        return {}
+    return model if isinstance(model, dict) else {}

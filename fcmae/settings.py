@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
 
 def launched_ranks() -> int:
     """Number of processes the launcher (torchrun) started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 @dataclass
@@ -54,7 +55,7 @@ class ModelConfig:
         architecture.resolve_size(self.size, self.depths, self.dims)
         geometry = architecture.check_geometry(self.image_size, self.patch, self.stem_stride)
         architecture.check_mask(self.mask_ratio, geometry.num_patches)
-        architecture.check_layout(self.layout)
+        architecture.check_layout(self.layout, "model.")
         require(self.in_chans >= 1, "model.in_chans", self.in_chans, "must be at least 1")
         require(self.decoder_dim >= 1, "model.decoder_dim", self.decoder_dim, "must be at least 1")
         require(self.decoder_depth >= 0, "model.decoder_depth", self.decoder_depth, "must be at least 0")
@@ -218,26 +219,35 @@ class RunConfig:
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
             require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "must be at least 1")
         require(self.precision in ("fp32", "bf16"), "run.precision", self.precision, "must be fp32 or bf16")
-        device = self.device.split(":")[0]
-        require(device in ("auto", "cpu", "cuda"), "run.device", self.device, "must be auto, cpu, cuda or cuda:N")
+        check_device("run.device", self.device)
         folder = Path(self.dir)
         require(not folder.exists() or folder.is_dir(), "run.dir", self.dir, "exists and is not a folder")
         if self.resume not in ("auto", "never"):
             source = Path(self.resume)
-            found = source.name.startswith("step-") or any((source / "checkpoints").glob("step-*"))
             require(
-                source.is_dir() and found,
+                (source / "state.json").is_file() or any(source.glob("checkpoints/step-*/state.json")),
                 "run.resume",
                 self.resume,
-                "must be auto, never, or the path of a run or checkpoint folder",
+                "must be auto, never, or the path of a run or checkpoint folder with a complete checkpoint",
             )
         if self.resume == "never":
             require(
-                not any((folder / "checkpoints").glob("step-*")),
+                not any(folder.glob("checkpoints/step-*")) and not (folder / "metrics.jsonl").exists(),
                 "run.resume",
                 self.resume,
                 f"run.dir={self.dir} already holds a run; continue it with run.resume=auto or choose another run.dir",
             )
+
+
+def check_device(key: str, name: str) -> None:
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
+    require(known, key, name, "must be auto, cpu, cuda or cuda:N")
+    require(
+        ":" not in name or launched_ranks() == 1,
+        key,
+        name,
+        "under torchrun each rank takes its own GPU; allowed: auto, cuda",
+    )
 
 
 @dataclass

@@ -13,9 +13,9 @@ import hydra
 from omegaconf import DictConfig
 
 from fcmae.configuration import conf_dir, launch, run, to_dataclass
-from fcmae.errors import CheckpointError
+from fcmae.errors import CheckpointError, ConfigError
 from fcmae.recorded import recorded_settings
-from fcmae.settings import DataConfig, ModelConfig, PretrainConfig, require
+from fcmae.settings import DataConfig, ModelConfig, PretrainConfig, check_device, require
 
 
 @dataclass
@@ -23,7 +23,7 @@ class VisualizeConfig:
     """Everything `python -m fcmae.visualize` takes; what is null is taken from the run behind `checkpoint`."""
 
     checkpoint: str = "runs/demo/pretrain"
-    data: str | None = None
+    shards: str | None = None
     output: str = "reconstructions.png"
     count: int = 12
     mask_ratio: float | None = None
@@ -35,6 +35,9 @@ class VisualizeConfig:
         require(self.count >= 1, "count", self.count, "must be at least 1")
         require(self.output.endswith(".png"), "output", self.output, "must end in .png")
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be an integer in [0, 2^32)")
+        check_device("device", self.device)
+        if self.mask_ratio is not None:
+            require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "must be greater than 0 and less than 1")
         recorded = recorded_settings(self.checkpoint)
         if "optim" not in recorded or "decoder_dim" not in recorded.get("model", {}):
             raise CheckpointError(
@@ -45,9 +48,9 @@ class VisualizeConfig:
         if self.mask_ratio is not None:
             self.model.mask_ratio = self.mask_ratio
         self.model.validate()
-        self.source = (
-            split if self.data is None else DataConfig(train=self.data, val=None, mean=split.mean, std=split.std)
-        )
+        self.source = split
+        if self.shards is not None:
+            self.source = DataConfig(train=self.shards, val=None, mean=split.mean, std=split.std)
         self.source.validate(self.model.in_chans)
 
     # What validation finds out for the rest; not settings.
@@ -85,7 +88,10 @@ def visualize(config: VisualizeConfig) -> None:
         assert index is not None
         mean, std = config.source.statistics(config.model.in_chans)
         output = Path(config.output)
-        write_reconstructions(model, index, output, mean=mean, std=std, seed=config.seed, count=config.count)
+        try:
+            write_reconstructions(model, index, output, mean=mean, std=std, seed=config.seed, count=config.count)
+        except OSError as error:
+            raise ConfigError("output", output, f"cannot be written: {error.strerror}") from error
     print(f"{output}: {min(config.count, len(index))} images of {index.folder}, model of step {step:,}")
 
 

@@ -5,6 +5,7 @@ What is left at null under `model` and `data` is taken from the run behind `chec
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ class AugmentConfig:
         require(0 <= self.label_smoothing < 1, "augment.label_smoothing", self.label_smoothing, "must be in [0, 1)")
         if self.rand_augment is not None:
             require(
-                self.rand_augment.startswith("rand-"),
+                re.fullmatch(r"rand(-(m|n|p|mstd|mmax|inc)[0-9.]+|-mstdinf|-t[a-z0-9]+)+", self.rand_augment)
+                is not None,
                 "augment.rand_augment",
                 self.rand_augment,
                 "must be null or timm's notation, such as rand-m9-mstd0.5-inc1",
@@ -151,7 +153,7 @@ class FinetuneConfig:
             self.data.train is not None,
             "data.train",
             "null",
-            "choose a data set, as in data=demo, or give a checkpoint",
+            "choose a data set, as in data=demo, or the checkpoint of a run",
         )
         self.data.validate(int(self.model.in_chans or 3))
         self._check_labels()

@@ -20,7 +20,7 @@ from fcmae import __version__
 from fcmae.architecture import pair
 from fcmae.convert import load_encoder, read_encoder
 from fcmae.data.augment import CentreView, TrainView
-from fcmae.data.loader import Batch, Samples, ShardReader, evaluation_batches, normalise, train_batches
+from fcmae.data.loader import FIXED_DATA, Batch, Samples, ShardReader, evaluation_batches, normalise, train_batches
 from fcmae.data.order import BatchPlan
 from fcmae.data.splits import open_split
 from fcmae.files import written_whole
@@ -35,17 +35,7 @@ from finetune.augment import AugmentedView, BatchAugment
 from finetune.evaluate import evaluate
 from finetune.settings import FinetuneConfig
 
-FIXED = (
-    "checkpoint",
-    "model.",
-    "data.train",
-    "data.crop_scale",
-    "data.hflip",
-    "data.block_shards",
-    "optim.batch_size",
-    "run.seed",
-    "augment.",
-)
+FIXED = ("checkpoint", "model.", *FIXED_DATA, "optim.batch_size", "run.seed", "augment.", "layer_decay", "ema.")
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -93,7 +83,7 @@ class _Finetuning:
 
     def run(self) -> None:
         config, me = self.config, self.me
-        self.folder.open(config)
+        self.folder.open(config, self.train_index.fingerprint)
         optimizer = build_optimizer(self.model, config.optim, config.layer_decay)
         start = self.folder.resume(config.run.resume, self.model, optimizer, self.ema)
         plan = BatchPlan(
@@ -145,14 +135,19 @@ class _Finetuning:
         )
         self.display.say(self.describe(total))
         try:
+            if start > 0 and (start % every == 0 or start == stop_at):
+                self.measure_if_owed(start, plan.steps_per_epoch)
             result = fit(task, config.run, self.folder.path, me, self.tracker, self.display, start)
-            # A run cut off between its last step and the evaluation of it still owes that; rank 0 knows.
-            owed = me.main and not any(r["step"] == result.step for r in self.folder.records("evaluations"))
-            if result.stopped_by is None and me.any(owed):
-                self.measure(result.step, plan.steps_per_epoch)
             self.finish(result, total)
         finally:
             self.tracker.close()
+        if result.stopped_by is not None:
+            sys.exit(128 + result.stopped_by)
+
+    def measure_if_owed(self, step: int, steps_per_epoch: int) -> None:
+        """Evaluate after `step` if the run was cut off between that step and its evaluation; rank 0 knows."""
+        if self.me.max(self.me.main and not any(r["step"] == step for r in self.folder.records("evaluations"))):
+            self.measure(step, steps_per_epoch)
 
     def measure(self, step: int, steps_per_epoch: int) -> None:
         """Evaluate the model and its average, record the result and keep the weights if they are the best yet."""
@@ -222,7 +217,7 @@ class _Finetuning:
         if result.stopped_by is not None:
             again = " ".join(["python -m finetune.train", *(shlex.quote(a) for a in sys.argv[1:])])
             self.display.say(
-                f"\nStopped by {result.stopped_by} after step {result.step:,} of {total:,}; everything is saved."
+                f"\nStopped by {result.stopped_by.name} after step {result.step:,} of {total:,}; everything is saved."
             )
             self.display.say(f"Continue with:  {again}")
             return

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
 
 import pytest
 from conftest import run_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from fcmae.configuration import check_overrides, describe, expected_type, leaf_keys, to_dataclass
+from fcmae.configuration import check_overrides, describe, expected_type, leaf_keys, override, to_dataclass
 from fcmae.errors import ConfigError
 from fcmae.settings import PretrainConfig
 from finetune.settings import FinetuneConfig
@@ -41,6 +43,9 @@ MISTAKES = [
     (["data.crop_scale=[0.5,0.2]"], "data.crop_scale=[0.5, 0.2]: must be two shares"),
     (["run.precision=fp16"], "run.precision=fp16: must be fp32 or bf16"),
     (["run.resume=/nowhere"], "run.resume=/nowhere: must be auto, never, or the path of a run or checkpoint folder"),
+    (["run.device=cuda:x"], "run.device=cuda:x: must be auto, cpu, cuda or cuda:N"),
+    (["model=null"], "model=null: must be the name of a file in conf/model"),
+    (["optim.lr='${nope}'"], "Interpolation key 'nope' not found"),
     (["run.device=tpu"], "run.device=tpu: must be auto, cpu, cuda or cuda:N"),
     (["tracking.wandb=yes"], "tracking.wandb=yes: must be one of disabled, offline, online"),
     (["experiment=nope"], "Could not find 'experiment/nope'"),
@@ -70,7 +75,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_batch_must_divide_among_the_launched_ranks(tmp_path):
-    done = run_module("fcmae.pretrain", "optim.batch_size=32", cwd=tmp_path, WORLD_SIZE="3")
+    done = run_module("fcmae.pretrain", "optim.batch_size=32", cwd=tmp_path, WORLD_SIZE="3", RANK="0")
     assert "optim.batch_size=32: must be a multiple of ranks × optim.accumulate = 3 × 1" in done.stderr
 
 
@@ -85,9 +90,16 @@ def test_validating_does_not_import_torch():
 FINETUNE_MISTAKES = [
     (["checkpoint=/nowhere"], "checkpoint=/nowhere: no such file or folder; it must be a run folder"),
     (["checkpoint=null"], "model.size=null: choose one, as in model=atto, or give a checkpoint"),
-    (["checkpoint=null", "model=mini"], "data.train=null: choose a data set, as in data=demo, or give a checkpoint"),
+    (
+        ["checkpoint=null", "model=mini"],
+        "data.train=null: choose a data set, as in data=demo, or the checkpoint of a run",
+    ),
     (["checkpoint=null", "model=mini", "data=demo", "augment.mixup=-1"], "augment.mixup=-1.0: must be at least 0"),
     (["checkpoint=null", "model=mini", "data=demo", "augment.rand_augment=strong"], "must be null or timm's notation"),
+    (
+        ["checkpoint=null", "model=mini", "data=demo", "augment.rand_augment=rand-m9-w9"],
+        "must be null or timm's notation",
+    ),
     (["checkpoint=null", "model=mini", "data=demo", "augment.mixup=1", "optim.batch_size=15"], "mix pairs"),
     (
         ["checkpoint=null", "model=mini", "data=demo", "model.image_size=4"],
@@ -109,6 +121,21 @@ def test_finetune_mistakes(arguments, message, tmp_path):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_file_of_the_users_is_one_line(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("a: [1\nb: 2")
+    done = run_module("fcmae.pretrain", f"--config-dir={tmp_path}", "experiment=mine", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_typed_overrides_are_quoted_where_they_must_be():
+    assert override("run.dir", "runs/a-1.b") == "run.dir=runs/a-1.b"
+    words = shlex.split(override("checkpoint", "my 'runs'/a=b [x]"))
+    (parsed,) = OverridesParser.create().parse_overrides(words)
+    assert parsed.value() == "my 'runs'/a=b [x]"
 
 
 def test_values_pass_into_dataclasses():

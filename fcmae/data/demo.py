@@ -8,9 +8,11 @@ patches can partly be inferred from visible ones. Rendered once into the user's 
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import io
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +43,18 @@ def ensure_demo() -> Path:
     if all((folder / split / INDEX_NAME).is_file() for split in SPLITS):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    for number, (split, count) in enumerate(SPLITS.items()):
-        samples = ((f"{i:06d}", "png", encode_png(render(number, i)), i % len(CLASSES)) for i in range(count))
-        write_shards(samples, temporary / split, prefix=split, classes=list(CLASSES), provenance={"source": "demo"})
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        os.replace(temporary, folder)
-    except OSError:  # another process was first, or an incomplete folder is in the way
+        for number, (split, count) in enumerate(SPLITS.items()):
+            samples = ((f"{i:06d}", "png", encode_png(render(number, i)), i % len(CLASSES)) for i in range(count))
+            write_shards(samples, temporary / split, prefix=split, classes=list(CLASSES), provenance={"source": "demo"})
+        temporary.chmod(0o755)
         if not all((folder / split / INDEX_NAME).is_file() for split in SPLITS):
-            shutil.rmtree(folder)
-            os.replace(temporary, folder)
-        else:
-            shutil.rmtree(temporary)
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete one
+            with contextlib.suppress(OSError):  # another process was first
+                os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -7,6 +7,7 @@ names, class names, key of every setting that made it. Free of torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
@@ -48,6 +49,14 @@ class ShardIndex:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short digest of where every sample lies: the same for a copy elsewhere, another for other images."""
+        digest = hashlib.sha256()
+        for array in (self.shard_samples, self.shard_bytes, self.offset, self.size, self.label):
+            digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        return digest.hexdigest()[:16]
 
     def shard_of(self, sample: int) -> int:
         """The shard a sample lies in."""

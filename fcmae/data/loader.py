@@ -26,6 +26,9 @@ from fcmae.data.index import ShardIndex
 from fcmae.data.order import BatchPlan, sample_generator
 from fcmae.errors import DataError
 
+# What decides how a sample looks or which step sees it; a continued run must keep that. Where the training
+# shards lie may change, what is in them may not: that is their fingerprint.
+FIXED_DATA = ("data.crop_scale", "data.hflip", "data.block_shards", "data.mean", "data.std")
 View = Callable[[Image.Image, np.random.Generator], Image.Image]
 Batch = dict[str, Tensor]
 

@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for what only the user can put right)."""
     options = parse(arguments)
     console = Console(soft_wrap=True, highlight=False)
+    written: list[ShardIndex] = []
     try:
         splits = open_source(
             options.source, options.kind, verify=options.verify, val_share=options.val_share, seed=options.seed
@@ -71,10 +72,19 @@ def main(arguments: list[str] | None = None) -> int:
                 classes=split.classes,
                 provenance={"source": str(options.source.resolve()), "left_out": split.broken},
             )
+            written.append(index)
             report(split, index, console)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        # All splits or none: half a data set would look like a whole one to the next command.
+        for index in written:
+            (index.folder / INDEX_NAME).unlink()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        for index in written:
+            (index.folder / INDEX_NAME).unlink()
+        print("interrupted; shards without an index are not used, the same command writes them again", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -88,6 +98,8 @@ def report(split: Split, index: ShardIndex, console: Console) -> None:
         counts = np.bincount(index.label, minlength=len(split.classes))
         spread = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
         console.print(f"  {len(split.classes)} classes with {spread} images each")
+        for name in (name for name, count in zip(split.classes, counts, strict=True) if count == 0):
+            console.print(f"  class {name} has no usable image", markup=False)
     if split.broken:
         console.print(f"  {len(split.broken):,} of {split.total:,} files could not be used and were left out")
 

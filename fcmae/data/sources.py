@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fcmae.data.decode import decode_image
 from fcmae.data.index import IMAGE_EXTENSIONS
@@ -40,7 +40,12 @@ class Split:
 def image_files(folder: Path) -> list[Path]:
     """Image files below a folder, sorted by path; hidden files are passed over."""
     found = []
+    seen = set()
     for directory, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(directory) in seen:  # a link back up, or a second link to the same folder
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(directory))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
@@ -52,6 +57,8 @@ def why_broken(data: bytes) -> str | None:
     """Why image bytes cannot be decoded, or None if they can."""
     try:
         decode_image(data, 3)
+    except UnidentifiedImageError:
+        return "is in no image format that Pillow knows"
     except Exception as error:  # Pillow raises a dozen types; whichever it is, the file is named and left out
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None
@@ -78,6 +85,7 @@ def file_split(name: str, root: Path, classes: list[str], files: list[LabelledFi
     def draw() -> Iterator[Sample]:
         for number, (path, label) in enumerate(files):
             shown = str(path.relative_to(root))
+            shown = shown if shown.isprintable() else repr(shown)
             try:
                 data = path.read_bytes()
             except OSError as error:
@@ -125,6 +133,8 @@ def idx_split(images: Path, labels: Path | None, name: str) -> Split:
     """Images (N, H, W) or (N, H, W, C) and labels of a pair of IDX files; each image becomes a PNG."""
     pixels = read_idx(images)
     numbers = read_idx(labels) if labels is not None else None
+    if len(pixels) == 0:
+        raise DataError(f"{images}: holds no images")
     if pixels.ndim not in (3, 4):
         raise DataError(f"{images}: holds {pixels.ndim} dimensions; images have 3 or 4")
     if numbers is not None and len(numbers) != len(pixels):
@@ -172,13 +182,22 @@ def open_source(
         roots = {FOLDER_SPLITS[name]: source / name for name in reversed(FOLDER_SPLITS) if name in folders}
     splits = []
     for name, root in sorted(roots.items()):
-        labelled = kind == "folders" or (
-            kind == "auto" and any(e.is_dir() and e.name[0] != "." for e in root.iterdir())
-        )
+        entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+        labelled = kind == "folders" or (kind == "auto" and any(entry.is_dir() for entry in entries))
+        beside = [e for e in entries if e.is_file() and e.suffix.lower() in IMAGE_EXTENSIONS]
+        if kind == "auto" and labelled and beside:
+            raise DataError(
+                f"{root}: holds {len(beside):,} images beside folders, and the folders may be classes or not; "
+                "say --kind flat (no labels, all images) or --kind folders (only images inside the folders)"
+            )
         classes, files = list_folder(root, labelled)
         files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
         if val_share:
             held = max(1, round(len(files) * val_share))
+            if held >= len(files):
+                raise DataError(
+                    f"{source}: --val-share {val_share} would leave none of {len(files)} images to train on"
+                )
             splits += [
                 file_split(n, root, classes, part, verify)
                 for n, part in (("train", files[held:]), ("val", files[:held]))

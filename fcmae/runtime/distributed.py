@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fcmae.errors import ConfigError
+from fcmae.settings import launched_ranks
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,13 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return flag if self.count == 1 else bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
+    def max(self, value: int) -> int:
+        """The largest value of any rank."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor([value], device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return int(shared.item())
 
     def barrier(self) -> None:
         if self.count > 1:
@@ -58,7 +63,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 @contextmanager
 def ranks(device: str) -> Iterator[Ranks]:
     """Join the process group torchrun prepared, if it started more than one process, and leave it at the end."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = launched_ranks()
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

@@ -74,10 +74,10 @@ class _Window:
 
 @dataclass
 class Result:
-    """Where a run ended: `stopped_by` names the signal, or is None if it ran to its last step."""
+    """Where a run ended: `stopped_by` is the signal, or None if it ran to its last step; the same on every rank."""
 
     step: int
-    stopped_by: str | None
+    stopped_by: signal.Signals | None
 
 
 def fit(
@@ -97,6 +97,7 @@ def fit(
     batches = task.batches(start)
     window = _Window()
     saved = step = start
+    stopped_by = 0
 
     def flush(step: int) -> None:
         nonlocal window
@@ -115,14 +116,15 @@ def fit(
             if task.ema is not None:
                 task.ema.update(task.model, step=step)
             look = len(window.losses) == run.log_every or step == stop_at or step % run.checkpoint_every == 0
-            # Alone, stop at once; with others, only where all ranks look, so that they stop together.
-            stopping = stop.received is not None if ranks.count == 1 else look and ranks.any(stop.received is not None)
-            if look or stopping:
+            # Alone, stop at once; with others only where all ranks look, so that they stop together and say the same.
+            if ranks.count == 1 or look:
+                stopped_by = ranks.max(stop.received)
+            if look or stopped_by:
                 flush(step)
-            if stopping or step % run.checkpoint_every == 0 or step == stop_at:
+            if stopped_by or step % run.checkpoint_every == 0 or step == stop_at:
                 save()
                 saved = step
-            if stopping:
+            if stopped_by:
                 break
             if task.after_step is not None:
                 before = time.perf_counter()
@@ -133,7 +135,7 @@ def fit(
         stop.restore()
         display.close()
     assert saved == step
-    return Result(step, stop.name if step < stop_at else None)
+    return Result(step, signal.Signals(stopped_by) if stopped_by and step < stop_at else None)
 
 
 def _step(
@@ -202,15 +204,11 @@ class _StopSignals:
     """The first Ctrl-C or SIGTERM asks the loop to stop after the current step; the second interrupts at once."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = 0
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    @property
-    def name(self) -> str | None:
-        return signal.Signals(self.received).name if self.received is not None else None
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received:
             raise KeyboardInterrupt
         self.received = number
 

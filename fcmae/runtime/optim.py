@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, layer_decay: float | 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up from 0 over `warmup_epochs`, then half a cosine to `min_lr` at the last step; per step."""
     total = config.epochs * steps_per_epoch
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
     return CosineLRScheduler(
         optimizer,
         t_initial=total - warmup,

@@ -16,14 +16,13 @@ class Tracker:
 
     def __init__(self, folder: Path, config: TrackingConfig, settings: dict, step: int, active: bool) -> None:
         """Continue the records of `folder` from `step`; later ones, of a run that was cut off, are removed."""
+        self._folder, self._active = folder, active
         self._files: dict[str, TextIO] = {}
         self._wandb: Any = None
         if not active:
             return
         for name in ("metrics", "evaluations"):
-            path = folder / f"{name}.jsonl"
-            _keep_until(path, step)
-            self._files[name] = open(path, "a", buffering=1)  # noqa: SIM115, open as long as the run
+            _keep_until(folder / f"{name}.jsonl", step)
         if config.wandb != "disabled":
             import wandb
 
@@ -47,7 +46,10 @@ class Tracker:
         self._write("evaluations", record)
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
-        if name in self._files:
+        if self._active:
+            if name not in self._files:
+                path = self._folder / f"{name}.jsonl"
+                self._files[name] = open(path, "a", buffering=1)  # noqa: SIM115, open as long as the run
             self._files[name].write(json.dumps(record) + "\n")
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])

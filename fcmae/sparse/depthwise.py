@@ -33,6 +33,8 @@ class _PackedDepthwise(torch.autograd.Function):
         grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad_dense, dense, weight, None, [1, 1], pad, [1, 1], False, [0, 0], weight.shape[0], needs
         )
+        if grad_weight is not None:
+            grad_weight = grad_weight.reshape(-1).view(weight.shape)  # plain strides, which DDP's buckets expect
         grad_tiles = gather_runs(grad_input.permute(0, 2, 3, 1), runs, ctx.grid) if needs[0] else None
         grad_bias = grad.sum(dim=(0, 1, 2, 3)) if ctx.needs_input_grad[2] else None
         return grad_tiles, grad_weight, grad_bias, None, None

@@ -66,6 +66,35 @@ def test_class_folders(classes, tmp_path, capsys):
     assert len(set(index.label[:5].tolist())) == 2
 
 
+def test_links_that_lead_back_are_not_followed_twice(classes, tmp_path, capsys):
+    (classes / "cat" / "loop").symlink_to("..")
+    (classes / "dog" / "again").symlink_to("deeper")
+    assert main([str(classes), str(tmp_path / "out")]) == 0
+    reader = ShardReader(read_index(tmp_path / "out"))
+    stored = [reader.read(i) for i in range(len(reader.index))]
+    # cat/loop leads to the dogs by another way; they may only come in once per class folder.
+    assert np.bincount(reader.index.label)[1] == 5
+    assert len(stored) <= 7 + 5 + 5
+
+
+def test_images_beside_class_folders_are_not_dropped_in_silence(classes, tmp_path, capsys):
+    (classes / "stray.png").write_bytes((classes / "cat" / "photo.0.png").read_bytes())
+    assert main([str(classes), str(tmp_path / "out")]) == 2
+    assert "holds 1 images beside folders" in capsys.readouterr().err
+    assert main([str(classes), str(tmp_path / "out"), "--kind", "folders"]) == 0
+    assert len(read_index(tmp_path / "out")) == 12
+
+
+def test_both_splits_or_none(tmp_path, capsys):
+    fill(tmp_path / "source" / "train" / "a", 2)
+    (tmp_path / "source" / "val" / "a").mkdir(parents=True)
+    (tmp_path / "source" / "val" / "a" / "x.png").write_bytes(b"junk")
+    assert main([str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    assert not list(tmp_path.glob("out/**/index.safetensors"))
+    (tmp_path / "source" / "val" / "a" / "y.png").write_bytes(png(np.random.default_rng(0)))
+    assert main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+
+
 def test_splits_of_a_source_stay_splits(tmp_path):
     for split in ("train", "val"):
         for name in ("a", "b"):
@@ -139,6 +168,7 @@ def test_idx_errors(tmp_path):
         (lambda p: (p / "x").mkdir(parents=True) or (p / "x" / "a.png").write_bytes(b"junk"), [], "no usable image"),
         (lambda p: (fill(p / "train" / "a", 1), fill(p / "val" / "b", 1)), [], "class folders of train and val differ"),
         (lambda p: fill(p / "train" / "a", 1), ["--val-share", "0.5"], "has splits of its own"),
+        (lambda p: fill(p, 3), ["--val-share", "0.99"], "would leave none of 3 images"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(tmp_path, capsys, prepare, arguments, message):

@@ -98,6 +98,17 @@ def test_finetune_in_two_parts_ends_with_the_same_bits(pretrained, tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_an_evaluation_that_was_cut_off_is_made_up_for(pretrained, tmp_path):
+    arguments = [f"checkpoint={pretrained}", *FAST, "run.dir=run"]
+    assert run_module("finetune.train", *arguments, "run.max_steps=3", cwd=tmp_path).returncode == 0
+    whole = evaluations(tmp_path / "run")
+    (tmp_path / "run" / "evaluations.jsonl").unlink()  # as if killed between checkpoint and evaluation
+    done = run_module("finetune.train", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in evaluations(tmp_path / "run")] == [3, 6]
+    assert evaluations(tmp_path / "run")[0] == whole[0]
+
+
 def test_from_scratch_and_from_a_weight_file(pretrained, shards, tmp_path):
     common = [*FAST, f"data.train={shards / 'train'}", "optim.epochs=1", "ema.decay=null"]
     scratch = ["checkpoint=null", "model=mini", "model.image_size=24", "model.dims=[4,8,8,8]", "model.depths=[1,1,1,1]"]
@@ -158,6 +169,15 @@ class TestLoadEncoder:
             assert run.tensors.keys() == other.tensors.keys()
             assert all(torch.equal(value, other.tensors[name]) for name, value in run.tensors.items())
             assert other.model["dims"] == [4, 8, 8, 8]
+
+    def test_the_head_of_another_classifier_is_not_taken_over(self, pretrained, tmp_path):
+        other = create_encoder("mini", num_classes=5)
+        save_file(other.state_dict(), tmp_path / "x.safetensors", metadata={"model": "not ours"})
+        classifier = create_encoder("mini", num_classes=7)
+        fresh = classifier.head.fc.weight.clone()
+        load_encoder(classifier, read_encoder(tmp_path / "x.safetensors"))
+        assert torch.equal(classifier.head.fc.weight, fresh)
+        assert torch.equal(classifier.stem[0].weight, other.stem[0].weight)
 
     def test_plain_torch_files(self, pretrained, tmp_path):
         tensors = read_encoder(pretrained).tensors

@@ -149,6 +149,12 @@ def test_warmup_is_linear_from_zero():
     assert rates[-1] < 0.11
 
 
+def test_a_warmup_of_nearly_everything_still_has_a_schedule():
+    model = Net()
+    config = OptimConfig(batch_size=8, lr=1.0, epochs=1, warmup_epochs=0.9999)
+    build_schedule(build_optimizer(model, config), config, steps_per_epoch=5)
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     train(tmp_path, 20)
     assert [f.name for f in checkpoint.complete_checkpoints(tmp_path)] == ["step-00000016", "step-00000020"]

@@ -29,7 +29,9 @@ def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None
     """Give every parameter a value at which it matters; fresh ones have zero GRN and biases."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * scale)
+        parameter.data.add_(
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * scale
+        )
 
 
 def small_model(dtype: torch.dtype = torch.float64, **options):
