@@ -175,7 +175,7 @@ class _Finetuning:
             chosen = self.ema.module if average and self.ema is not None else self.model
             self.save_classifier("best", chosen, record)
         self.tracker.log_evaluation(record)
-        text = f"epoch {record['epoch']:g}: top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} %"
+        text = f"epoch {record['epoch']:.3g}: top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} %"
         if self.ema is not None:
             text += f"; averaged weights {record['ema_top1']:.2f} %, {record['ema_top5']:.2f} %"
         self.display.say(text)
@@ -229,7 +229,7 @@ class _Finetuning:
             best = max(records, key=self._score)
             chance = 100 / self.train_index.num_classes
             self.display.say(
-                f"  best top-1   {self._score(best):.2f} % after epoch {best['epoch']:g} (chance {chance:.2f} %)"
+                f"  best top-1   {self._score(best):.2f} % after epoch {best['epoch']:.3g} (chance {chance:.2f} %)"
             )
             self.display.say(f"  best weights {self.folder.path / 'best.safetensors'}")
         self.display.say(f"  last weights {self.folder.path / 'last.safetensors'}")
