@@ -14,8 +14,7 @@ from fcmae.configuration import conf_dir, override
 from fcmae.convert import save_encoder
 from fcmae.data.augment import TrainView
 from fcmae.data.loader import FIXED_DATA, Batch, Samples, ShardReader, normalise, train_batches
-from fcmae.data.order import BatchPlan
-from fcmae.data.splits import open_split
+from fcmae.data.splits import open_split, plan_batches
 from fcmae.model import FCMAE, create_model
 from fcmae.pictures import write_reconstructions
 from fcmae.runtime.distributed import Ranks, ranks
@@ -67,15 +66,7 @@ class _Pretraining:
         self.mean, self.std = config.data.statistics(config.model.in_chans)
         torch.manual_seed(config.run.seed)
         self.model = build_model(config.model).to(me.device)
-        self.plan = BatchPlan(
-            index.shard_samples,
-            config.optim.batch_size,
-            config.optim.accumulate,
-            me.rank,
-            me.count,
-            config.run.seed,
-            config.data.block_shards,
-        )
+        self.plan = plan_batches(index, config.data, config.optim, config.run.seed, me)
         self.total = config.optim.epochs * self.plan.steps_per_epoch
         self.stop_at = min(self.total, config.run.max_steps or self.total)
 

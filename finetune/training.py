@@ -21,8 +21,7 @@ from fcmae.architecture import pair
 from fcmae.convert import load_encoder, read_encoder
 from fcmae.data.augment import CentreView, TrainView
 from fcmae.data.loader import FIXED_DATA, Batch, Samples, ShardReader, evaluation_batches, normalise, train_batches
-from fcmae.data.order import BatchPlan
-from fcmae.data.splits import open_split
+from fcmae.data.splits import open_split, plan_batches
 from fcmae.files import written_whole
 from fcmae.model import create_encoder
 from fcmae.runtime.distributed import Ranks, ranks
@@ -86,15 +85,7 @@ class _Finetuning:
         self.folder.open(config, self.train_index.fingerprint)
         optimizer = build_optimizer(self.model, config.optim, config.layer_decay)
         start = self.folder.resume(config.run.resume, self.model, optimizer, self.ema)
-        plan = BatchPlan(
-            self.train_index.shard_samples,
-            config.optim.batch_size,
-            config.optim.accumulate,
-            me.rank,
-            me.count,
-            config.run.seed,
-            config.data.block_shards,
-        )
+        plan = plan_batches(self.train_index, config.data, config.optim, config.run.seed, me)
         total = config.optim.epochs * plan.steps_per_epoch
         stop_at = min(total, config.run.max_steps or total)
         crop = TrainView(self.size, tuple(config.data.crop_scale), config.data.hflip)  # type: ignore[arg-type]

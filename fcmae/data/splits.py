@@ -1,12 +1,13 @@
-"""A split by its setting: a folder of shards, or the demo, rendered on first use."""
+"""A split by its setting, a folder of shards or the demo, rendered on first use; and how it divides into batches."""
 
 from __future__ import annotations
 
 from fcmae.data.demo import cache_folder, ensure_demo
 from fcmae.data.index import ShardIndex, read_index
+from fcmae.data.order import BatchPlan
 from fcmae.errors import DataError
 from fcmae.runtime.distributed import Ranks
-from fcmae.settings import DEMO, DataConfig
+from fcmae.settings import DEMO, DataConfig, OptimConfig
 
 
 def open_split(data: DataConfig, name: str, ranks: Ranks) -> ShardIndex | None:
@@ -26,3 +27,10 @@ def open_split(data: DataConfig, name: str, ranks: Ranks) -> ShardIndex | None:
             ) from error
     ranks.barrier()
     return read_index(ensure_demo() / name)
+
+
+def plan_batches(index: ShardIndex, data: DataConfig, optim: OptimConfig, seed: int, ranks: Ranks) -> BatchPlan:
+    """Which images form which step, and which of them are this rank's."""
+    return BatchPlan(
+        index.shard_samples, optim.batch_size, optim.accumulate, ranks.rank, ranks.count, seed, data.block_shards
+    )

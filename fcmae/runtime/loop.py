@@ -96,7 +96,7 @@ def fit(
     stop = _StopSignals()
     batches = task.batches(start)
     window = _Window()
-    saved = step = start
+    step = start
     stopped_by = 0
 
     def flush(step: int) -> None:
@@ -123,7 +123,6 @@ def fit(
                 flush(step)
             if stopped_by or step % run.checkpoint_every == 0 or step == stop_at:
                 save()
-                saved = step
             if stopped_by:
                 break
             if task.after_step is not None:
@@ -134,7 +133,6 @@ def fit(
     finally:
         stop.restore()
         display.close()
-    assert saved == step
     return Result(step, signal.Signals(stopped_by) if stopped_by and step < stop_at else None)
 
 

@@ -44,11 +44,14 @@ class MaskedLayout(DenseLayout):
 
     def __init__(self, visible: Tensor, grid: Grid) -> None:
         self.index = TileIndex(visible, grid)
+        self._removed: dict[int, Tensor] = {}  # by the side of a patch on the map: built once, not at every layer
 
     def visible_only(self, x: Tensor) -> Tensor:
         """(B, H, W, C) with removed positions set to 0. Filled, not multiplied: even NaN there leaves no trace."""
-        removed = removed_on_map(self.index.visible, self.index.grid, x.shape[1] // self.index.grid[0])
-        return x.masked_fill(removed.unsqueeze(-1), 0.0)
+        side = x.shape[1] // self.index.grid[0]
+        if side not in self._removed:
+            self._removed[side] = removed_on_map(self.index.visible, self.index.grid, side).unsqueeze(-1)
+        return x.masked_fill(self._removed[side], 0.0)
 
     def embed(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
         return super().embed(self.visible_only(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), conv)
