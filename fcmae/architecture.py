@@ -8,6 +8,7 @@ total stride: stem stride 4, 2 or 1, times 8 for the three downsamplings.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, cast
 
 from fcmae.errors import ConfigError
@@ -24,7 +25,7 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
     "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
 }
-LAYOUTS = ("packed", "masked")
+LAYOUTS = ("packed", "masked", "minkowski")
 STEM_STRIDES = (1, 2, 4)
 
 
@@ -119,5 +120,10 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 
 
 def check_layout(layout: str, prefix: str = "") -> None:
+    """Validate the layout's name, and that the library it needs is there."""
     if layout not in LAYOUTS:
         raise ConfigError(f"{prefix}layout", layout, f"must be one of {', '.join(LAYOUTS)}")
+    if layout == "minkowski" and find_spec("MinkowskiEngine") is None:
+        raise ConfigError(
+            f"{prefix}layout", layout, "MinkowskiEngine is not installed; scripts/install_minkowski.sh builds it"
+        )

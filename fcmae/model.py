@@ -22,7 +22,19 @@ from fcmae.sparse.masked import DenseLayout, MaskedLayout
 from fcmae.sparse.packed import PackedLayout
 from fcmae.sparse.tiles import Grid, TileIndex, draw_visible, patchify, removed_mask, removed_on_map, scatter_tiles
 
-LAYOUTS: dict[str, Callable[[Tensor, Grid], Layout]] = {"packed": PackedLayout, "masked": MaskedLayout}
+
+def minkowski_layout(visible: Tensor, grid: Grid) -> Layout:
+    """MinkowskiEngine is optional, so its layout is imported when it is asked for."""
+    from fcmae.sparse.minkowski import MinkowskiLayout
+
+    return MinkowskiLayout(visible, grid)
+
+
+LAYOUTS: dict[str, Callable[[Tensor, Grid], Layout]] = {
+    "packed": PackedLayout,
+    "masked": MaskedLayout,
+    "minkowski": minkowski_layout,
+}
 
 
 class FCMAEOutput(NamedTuple):
@@ -234,7 +246,7 @@ def create_model(
         mask_ratio: share of patches removed, in (0, 1).
         decoder_dim, decoder_depth: width and number of the decoder's blocks.
         norm_pix_loss: compare with per-patch normalised pixels.
-        layout: how visible positions are stored, "packed" or "masked"; changes speed, not results.
+        layout: how visible positions are stored, "packed", "masked" or "minkowski"; changes speed, not results.
         depths, dims: blocks and channels of the four stages, overriding those of `size`.
 
     Raises:

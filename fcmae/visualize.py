@@ -45,6 +45,7 @@ class VisualizeConfig:
                 "which holds the decoder"
             )
         self.model, split = of_run(recorded)
+        self.model.layout = ModelConfig().layout  # the same picture, without the library the run's own may need
         if self.mask_ratio is not None:
             self.model.mask_ratio = self.mask_ratio
         self.model.validate()
