@@ -7,34 +7,48 @@ channels-last features `(..., C)`.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 
-class Layout(Protocol):
+class Layout:
     """The operations that depend on how visible positions are stored; features are the layout's own, `(..., C)`."""
 
     def embed(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
         """Stem convolution (kernel = stride) of the visible patches of (B, C, H, W) images."""
+        raise NotImplementedError
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """Depthwise convolution in which removed positions count as zero."""
+        raise NotImplementedError
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """Strided convolution (kernel = stride); never leaves a tile."""
+        raise NotImplementedError
 
     def response_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Global response normalisation (paper section 4) over the visible positions of each image."""
+        raise NotImplementedError
 
     def drop_path(self, x: Tensor, drop: nn.Module) -> Tensor:
         """Stochastic depth: drops the branch of whole images."""
+        raise NotImplementedError
 
     def gather(self, x: Tensor) -> Tensor:
         """Features as visible tiles (B, V, T, T, C)."""
+        raise NotImplementedError
+
+    def pointwise(self, x: Tensor, shortcut: Tensor, block: ConvNeXtBlock) -> Tensor:
+        """The rest of a block behind its depthwise convolution: LayerNorm, fc1, GELU, GRN, fc2 and the residual."""
+        x = layer_norm(x, block.norm)
+        x = linear(x, block.mlp.fc1)
+        x = block.mlp.act(x)
+        grn = block.mlp.grn
+        x = self.response_norm(x, grn.weight, grn.bias, grn.eps)
+        x = linear(x, block.mlp.fc2)
+        return self.drop_path(x, block.drop_path) + shortcut
 
 
 class Block(ConvNeXtBlock):
@@ -43,15 +57,7 @@ class Block(ConvNeXtBlock):
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         if layout is None:
             return super().forward(x)
-        shortcut = x
-        x = layout.depthwise(x, self.conv_dw)
-        x = layer_norm(x, self.norm)
-        x = linear(x, self.mlp.fc1)
-        x = self.mlp.act(x)
-        grn = self.mlp.grn
-        x = layout.response_norm(x, grn.weight, grn.bias, grn.eps)
-        x = linear(x, self.mlp.fc2)
-        return layout.drop_path(x, self.drop_path) + shortcut
+        return layout.pointwise(layout.depthwise(x, self.conv_dw), x, self)
 
 
 def adopt_blocks(module: nn.Module) -> None:
@@ -81,22 +87,6 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 def linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
     """A linear layer stored as nn.Linear or as a 1x1 convolution (timm has both) over channels-last features."""
     return F.linear(x, layer.weight.flatten(1), layer.bias)
-
-
-def response_scale(sum_of_squares: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """GRN's factor per image and channel, 1 + gamma * norm / (mean of norms + eps); (B, C) in, (B, C) out.
-
-    The norm's subgradient at 0 is 0: GELU underflows to exact zeros, so a channel can vanish in an image, and the plain
-    square root would then send infinity times zero into the backward pass.
-    """
-    alive = sum_of_squares > 0
-    norm = torch.where(alive, sum_of_squares, 1.0).sqrt() * alive
-    return 1.0 + weight.to(norm.dtype) * (norm / (norm.mean(dim=-1, keepdim=True) + eps))
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The type statistics are taken in: float32, or the input's own where it is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def encode(encoder: ConvNeXt, images: Tensor, layout: Layout) -> Tensor:

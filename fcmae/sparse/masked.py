@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fcmae.sparse.encoder import response_scale, statistics_dtype
+from fcmae.sparse.encoder import Layout
+from fcmae.sparse.response import response_scale, statistics_dtype
 from fcmae.sparse.tiles import Grid, TileIndex, gather_tiles, removed_on_map
 
 
-class DenseLayout:
+class DenseLayout(Layout):
     """Features are full maps (B, H, W, C) with every position present; what the decoder runs on."""
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -28,7 +29,7 @@ class DenseLayout:
         return conv(images).permute(0, 2, 3, 1)
 
     def response_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        sum_of_squares = x.to(statistics_dtype(x)).square().sum(dim=(1, 2))
+        sum_of_squares = x.to(statistics_dtype(x.dtype)).square().sum(dim=(1, 2))
         scale = response_scale(sum_of_squares, weight, eps).to(x.dtype)
         return torch.addcmul(bias.to(x.dtype), x, scale[:, None, None])
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.errors import ConfigError
-from fcmae.sparse.encoder import response_scale, statistics_dtype
+from fcmae.sparse.encoder import Layout
+from fcmae.sparse.response import response_scale, statistics_dtype
 from fcmae.sparse.tiles import Grid
 
 try:
@@ -41,7 +42,7 @@ class _ChannelwiseConvolution(ME.MinkowskiChannelwiseConvolution):
         pass
 
 
-class MinkowskiLayout:
+class MinkowskiLayout(Layout):
     """Features are (N, C); only visible sites exist.
 
     Raises:
@@ -84,7 +85,7 @@ class MinkowskiLayout:
 
     def response_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         image = self._image(x)
-        squares = x.to(statistics_dtype(x)).square()
+        squares = x.to(statistics_dtype(x.dtype)).square()
         sum_of_squares = squares.new_zeros(len(self.visible), x.shape[1]).index_add(0, image, squares)
         scale = response_scale(sum_of_squares, weight, eps).to(x.dtype)
         return torch.addcmul(bias.to(x.dtype), x, scale.index_select(0, image))
@@ -132,7 +133,7 @@ class MinkowskiLayout:
     @torch.compiler.disable
     def _convolve(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """`conv` over (N, C) features. MinkowskiEngine computes in float32 or float64, so under autocast this does."""
-        side, dtype = self._side(len(x)), statistics_dtype(x)
+        side, dtype = self._side(len(x)), statistics_dtype(x.dtype)
         sites = self._maps[side]
         out_sites = self.manager.stride(sites, list(conv.stride))
         self._maps[self._side(self.manager.size(out_sites))] = out_sites

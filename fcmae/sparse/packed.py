@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.sparse.depthwise import packed_depthwise
-from fcmae.sparse.encoder import response_scale, statistics_dtype
+from fcmae.sparse.encoder import Layout
+from fcmae.sparse.mlp import response_mlp
+from fcmae.sparse.response import response_scale, statistics_dtype
 from fcmae.sparse.tiles import Grid, TileIndex
 
 
-class PackedLayout:
+class PackedLayout(Layout):
     """Features are (B, V, T, T, C); only visible positions exist."""
 
     def __init__(self, visible: Tensor, grid: Grid) -> None:
@@ -47,9 +50,31 @@ class PackedLayout:
 
     def response_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         flat = x.flatten(1, -2)
-        sum_of_squares = flat.to(statistics_dtype(x)).square().sum(dim=1)
+        sum_of_squares = flat.to(statistics_dtype(x.dtype)).square().sum(dim=1)
         scale = response_scale(sum_of_squares, weight, eps).to(x.dtype)
         return torch.addcmul(bias.to(x.dtype), flat, scale.unsqueeze(1)).view_as(x)
+
+    def pointwise(self, x: Tensor, shortcut: Tensor, block: ConvNeXtBlock) -> Tensor:
+        if torch.compiler.is_compiling():
+            # The compiler fuses the passes between the products, and chooses what to keep, by itself.
+            return super().pointwise(x, shortcut, block)
+        norm, mlp = block.norm, block.mlp
+        drops = not isinstance(block.drop_path, nn.Identity) and block.training
+        out = response_mlp(
+            x,
+            torch.zeros_like(shortcut) if drops else shortcut,
+            norm.weight,
+            norm.bias,
+            mlp.fc1.weight.flatten(1),
+            mlp.fc1.bias,
+            mlp.grn.weight,
+            mlp.grn.bias,
+            mlp.fc2.weight.flatten(1),
+            mlp.fc2.bias,
+            norm_eps=norm.eps,
+            eps=mlp.grn.eps,
+        )
+        return shortcut + self.drop_path(out, block.drop_path) if drops else out
 
     def drop_path(self, x: Tensor, drop: nn.Module) -> Tensor:
         return drop(x)

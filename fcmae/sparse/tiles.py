@@ -38,27 +38,34 @@ def removed_on_map(visible: Tensor, grid: Grid, side: int) -> Tensor:
     return mask.repeat_interleave(side, 1).repeat_interleave(side, 2)
 
 
+def tile_runs(visible: Tensor, grid: Grid, side: int) -> Tensor:
+    """(B·V·T,) int64: the runs of every tile, in packed order, in a map cut into (B·rows·T·columns) runs of T.
+
+    A tile is T runs of T·C contiguous numbers in a channels-last map, so moving tiles is copying B·V·T such runs.
+    """
+    rows, columns = grid
+    image = torch.arange(visible.shape[0], device=visible.device).view(-1, 1, 1)
+    line = torch.arange(side, device=visible.device)
+    row, column = (visible // columns).unsqueeze(-1), (visible % columns).unsqueeze(-1)
+    return (((image * rows + row) * side + line) * columns + column).flatten()
+
+
 class TileIndex:
     """Where the tiles of one batch sit on a feature map of any tile side; shared by all layers of a forward pass.
 
-    A tile is T runs of T·C contiguous numbers in a channels-last map, so moving tiles is copying B·V·T such runs.
+    visible: (B, V) int64, the patch of every tile. slots: (B, L) int32, the tile of every patch, -1 where removed.
     """
 
     def __init__(self, visible: Tensor, grid: Grid) -> None:
         self.visible = visible
         self.grid = grid
-        self._runs: dict[int, Tensor] = {}
+        batch, count = visible.shape
+        tiles = torch.arange(count, dtype=torch.int32, device=visible.device).expand(batch, count)
+        removed = torch.full((batch, grid[0] * grid[1]), -1, dtype=torch.int32, device=visible.device)
+        self.slots = removed.scatter(1, visible, tiles)
 
     def runs(self, side: int) -> Tensor:
-        """(B·V·T,) int64: the runs of every tile, in packed order, in a map cut into (B·rows·T·columns) runs of T."""
-        if side not in self._runs:
-            rows, columns = self.grid
-            image = torch.arange(self.visible.shape[0], device=self.visible.device).view(-1, 1, 1)
-            row = (self.visible // columns).unsqueeze(-1)
-            column = (self.visible % columns).unsqueeze(-1)
-            line = torch.arange(side, device=self.visible.device)
-            self._runs[side] = (((image * rows + row) * side + line) * columns + column).flatten()
-        return self._runs[side]
+        return tile_runs(self.visible, self.grid, side)
 
 
 def scatter_runs(tiles: Tensor, runs: Tensor, grid: Grid) -> Tensor:

@@ -11,9 +11,9 @@ from models import CASES, loss_and_gradients, randomise, relative, small_model
 
 from fcmae.model import create_model
 from fcmae.sparse.depthwise import packed_depthwise
-from fcmae.sparse.encoder import response_scale
 from fcmae.sparse.masked import DenseLayout, MaskedLayout
 from fcmae.sparse.packed import PackedLayout
+from fcmae.sparse.response import response_scale
 from fcmae.sparse.tiles import (
     TileIndex,
     draw_visible,

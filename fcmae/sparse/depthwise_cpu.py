@@ -1,0 +1,68 @@
+"""Packed depthwise convolution on a CPU: calls depthwise_cpu.cpp.
+
+B images, V visible tiles, T tile side, C channels, L = grid rows x columns patches. Tensors are contiguous; `visible`
+(B, V) int64 and `slots` (B, L) int32 are those of a `TileIndex`. The arithmetic is float32, or float64 for float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fcmae.sparse.native import library
+from fcmae.sparse.tiles import Grid
+
+KERNEL = 7  # the only side that the source is written for
+# Positions whose products are summed by one thread. Fixed, so that sums do not depend on the number of threads.
+_POSITIONS_PER_SUM = 512
+_SUMS = 32
+
+
+def available(tiles: Tensor, kernel: int) -> bool:
+    """Whether the functions below can take these tiles; the first call builds the library."""
+    return tiles.device.type == "cpu" and kernel == KERNEL and library("depthwise_cpu", _real(tiles)) is not None
+
+
+def convolve(tiles: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, slots: Tensor, grid: Grid) -> Tensor:
+    """(B, V, T, T, C) tiles, (C, 1, 7, 7) weight, (C,) bias -> (B, V, T, T, C) of the tiles' type."""
+    real = _real(tiles)
+    source = tiles.to(real).contiguous()
+    taps = weight.to(real).flatten(1).t().contiguous()
+    bias = None if bias is None else bias.to(real).contiguous()
+    out = torch.empty_like(source)
+    _call("fcmae_convolve", source, visible, slots, grid, source, taps, bias, out)
+    return out.to(tiles.dtype)
+
+
+def weight_gradient(tiles: Tensor, grad: Tensor, visible: Tensor, slots: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Gradients of `convolve`'s weight (C, 1, 7, 7) and bias (C,), given that of its result; float32 or float64."""
+    real, channels = _real(tiles), tiles.shape[-1]
+    source, grad = tiles.to(real).contiguous(), grad.to(real).contiguous()
+    count = tiles.shape[0] * tiles.shape[1]
+    runs = max(1, min(_SUMS, count, count * tiles.shape[2] ** 2 // _POSITIONS_PER_SUM))
+    sums = torch.zeros(runs, KERNEL * KERNEL + 1, channels, dtype=real)
+    _call("fcmae_accumulate", source, visible, slots, grid, source, grad, sums, runs)
+    total = sums.sum(dim=0)
+    # An operator's results must not share memory.
+    return total[:-1].t().contiguous().view(channels, 1, KERNEL, KERNEL), total[-1].clone()
+
+
+def _real(tiles: Tensor) -> torch.dtype:
+    return torch.promote_types(tiles.dtype, torch.float32)
+
+
+def _call(
+    function: str, tiles: Tensor, visible: Tensor, slots: Tensor, grid: Grid, *arguments: Tensor | int | None
+) -> None:
+    batch, count, side, _, channels = tiles.shape
+    sizes = (ctypes.c_int64 * 6)(batch, count, side, channels, *grid)
+    given = (visible.contiguous(), slots.contiguous(), *arguments, torch.get_num_threads())
+    converted = (
+        ctypes.c_int64(value)
+        if isinstance(value, int)
+        else ctypes.c_void_p(None if value is None else value.data_ptr())
+        for value in given
+    )
+    getattr(library("depthwise_cpu", tiles.dtype), function)(sizes, *converted)
