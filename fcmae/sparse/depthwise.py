@@ -4,75 +4,69 @@ B images, V visible tiles, T tile side, C channels, K kernel side, L = grid rows
 the visible tiles count as zero and get no output (submanifold rule, paper section 3). Only the tiles are kept for the
 backward pass, so memory stays proportional to what is visible.
 
-Three `torch.library` operators (forward, input gradient, weight gradient), so that `torch.compile` sees one node each:
+Forward, input gradient and weight gradient are `torch.library` operators, so that `torch.compile` sees one node each.
+Three modules implement them, with the same functions:
 
-- on a CPU, `depthwise_cpu.py`: C++ that computes only the products that exist;
-- on a GPU, `depthwise_triton.py`: the same idea in Triton;
-- in plain PyTorch here, for whatever those do not take (no compiler, another kernel side, another device): tiles are
-  laid out on a dense channels-last map, convolved by the backend and picked up again.
+- `depthwise_triton.py` on a GPU and `depthwise_cpu.py` on a CPU compute only the products that exist;
+- `depthwise_dense.py`, in plain PyTorch, is the reference and takes whatever those do not.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
+from importlib.util import find_spec
+from types import ModuleType
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.sparse import depthwise_cpu
-from fcmae.sparse.tiles import TileIndex, gather_runs, scatter_runs, tile_runs
+from fcmae.sparse import depthwise_cpu, depthwise_dense
+from fcmae.sparse.tiles import TileIndex
+
+
+def implementation(tiles: Tensor, kernel: int) -> ModuleType:
+    """The module that computes the convolution of (B, V, T, T, C) tiles with a kernel of side `kernel`."""
+    if tiles.device.type == "cpu" and depthwise_cpu.supports(tiles, kernel):
+        return depthwise_cpu
+    if tiles.device.type == "cuda" and _has_triton():
+        from fcmae.sparse import depthwise_triton
+
+        if tiles.shape[2] in depthwise_triton.SIDES and kernel in depthwise_triton.KERNEL_SIDES:
+            return depthwise_triton
+    return depthwise_dense
+
+
+@functools.cache
+def _has_triton() -> bool:
+    if find_spec("triton") is None:
+        warnings.warn(
+            "Triton is not installed: the packed layout convolves in plain PyTorch, which is slower", stacklevel=2
+        )
+        return False
+    return True
 
 
 @torch.library.custom_op("fcmae::packed_depthwise", mutates_args=())
 def _packed_depthwise(
     tiles: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, slots: Tensor, rows: int, columns: int
 ) -> Tensor:
-    if depthwise_cpu.available(tiles, weight.shape[-1]):
-        return depthwise_cpu.convolve(tiles, weight, bias, visible, slots, (rows, columns))
-    return _convolve(tiles, weight, bias, visible, rows, columns)
+    module = implementation(tiles, weight.shape[-1])
+    return module.depthwise(tiles, weight, bias, visible, slots, (rows, columns))
 
 
 @torch.library.custom_op("fcmae::packed_depthwise_input_gradient", mutates_args=())
 def _input_gradient(grad: Tensor, weight: Tensor, visible: Tensor, slots: Tensor, rows: int, columns: int) -> Tensor:
-    # The transpose of a convolution of stride 1 is the convolution with the kernel turned round.
-    turned = weight.flip(2, 3)
-    if depthwise_cpu.available(grad, weight.shape[-1]):
-        return depthwise_cpu.convolve(grad, turned, None, visible, slots, (rows, columns))
-    return _convolve(grad, turned, None, visible, rows, columns)
+    module = implementation(grad, weight.shape[-1])
+    return module.depthwise_input_gradient(grad, weight, visible, slots, (rows, columns))
 
 
 @torch.library.custom_op("fcmae::packed_depthwise_weight_gradient", mutates_args=())
 def _weight_gradient(
     tiles: Tensor, grad: Tensor, visible: Tensor, slots: Tensor, rows: int, columns: int, kernel: int
 ) -> tuple[Tensor, Tensor]:
-    if depthwise_cpu.available(tiles, kernel):
-        return depthwise_cpu.weight_gradient(tiles, grad, visible, slots, (rows, columns))
-    wide = torch.promote_types(tiles.dtype, torch.float32)
-    runs = tile_runs(visible, (rows, columns), tiles.shape[2])
-    dense, grad_dense = (scatter_runs(x, runs, (rows, columns)).permute(0, 3, 1, 2) for x in (tiles, grad))
-    weight = tiles.new_empty(tiles.shape[-1], 1, kernel, kernel)
-    weight_grad = torch.ops.aten.convolution_backward(
-        grad_dense,
-        dense,
-        weight,
-        None,
-        [1, 1],
-        [kernel // 2] * 2,
-        [1, 1],
-        False,
-        [0, 0],
-        len(weight),
-        [False, True, False],
-    )[1]
-    # Plain strides, which DDP's buckets expect.
-    return weight_grad.to(wide).reshape(-1).view(weight.shape), grad.sum(dim=(0, 1, 2, 3), dtype=wide)
-
-
-def _convolve(tiles: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, rows: int, columns: int) -> Tensor:
-    runs = tile_runs(visible, (rows, columns), tiles.shape[2])
-    dense = scatter_runs(tiles, runs, (rows, columns)).permute(0, 3, 1, 2)
-    weight, bias = weight.to(tiles.dtype), None if bias is None else bias.to(tiles.dtype)
-    out = F.conv2d(dense, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-    return gather_runs(out.permute(0, 2, 3, 1), runs, (rows, columns))
+    module = implementation(tiles, kernel)
+    return module.depthwise_weight_gradient(tiles, grad, visible, slots, (rows, columns), kernel)
 
 
 @_packed_depthwise.register_fake

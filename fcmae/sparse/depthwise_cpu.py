@@ -1,7 +1,8 @@
 """Packed depthwise convolution on a CPU: calls depthwise_cpu.cpp.
 
-B images, V visible tiles, T tile side, C channels, L = grid rows x columns patches. Tensors are contiguous; `visible`
-(B, V) int64 and `slots` (B, L) int32 are those of a `TileIndex`. The arithmetic is float32, or float64 for float64.
+B images, V visible tiles, T tile side, C channels, L = grid rows x columns patches; `visible` (B, V) int64 and `slots`
+(B, L) int32 are those of a `TileIndex`. The functions are those of `depthwise_triton.py`. The arithmetic is float32, or
+float64 for float64 tiles.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _POSITIONS_PER_SUM = 512
 _SUMS = 32
 
 
-def available(tiles: Tensor, kernel: int) -> bool:
+def supports(tiles: Tensor, kernel: int) -> bool:
     """Whether the functions below can take these tiles; the first call builds the library."""
-    return tiles.device.type == "cpu" and kernel == KERNEL and library("depthwise_cpu", _real(tiles)) is not None
+    return kernel == KERNEL and library("depthwise_cpu", _real(tiles)) is not None
 
 
-def convolve(tiles: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, slots: Tensor, grid: Grid) -> Tensor:
+def depthwise(tiles: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, slots: Tensor, grid: Grid) -> Tensor:
     """(B, V, T, T, C) tiles, (C, 1, 7, 7) weight, (C,) bias -> (B, V, T, T, C) of the tiles' type."""
     real = _real(tiles)
     source = tiles.to(real).contiguous()
@@ -36,17 +37,24 @@ def convolve(tiles: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor
     return out.to(tiles.dtype)
 
 
-def weight_gradient(tiles: Tensor, grad: Tensor, visible: Tensor, slots: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Gradients of `convolve`'s weight (C, 1, 7, 7) and bias (C,), given that of its result; float32 or float64."""
+def depthwise_input_gradient(grad: Tensor, weight: Tensor, visible: Tensor, slots: Tensor, grid: Grid) -> Tensor:
+    """Gradient of the tiles: the convolution with the kernel turned round."""
+    return depthwise(grad, weight.flip(2, 3), None, visible, slots, grid)
+
+
+def depthwise_weight_gradient(
+    tiles: Tensor, grad: Tensor, visible: Tensor, slots: Tensor, grid: Grid, kernel: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight (C, 1, 7, 7) and bias (C,), in float32 or wider."""
     real, channels = _real(tiles), tiles.shape[-1]
     source, grad = tiles.to(real).contiguous(), grad.to(real).contiguous()
     count = tiles.shape[0] * tiles.shape[1]
     runs = max(1, min(_SUMS, count, count * tiles.shape[2] ** 2 // _POSITIONS_PER_SUM))
-    sums = torch.zeros(runs, KERNEL * KERNEL + 1, channels, dtype=real)
+    sums = torch.zeros(runs, kernel * kernel + 1, channels, dtype=real)
     _call("fcmae_accumulate", source, visible, slots, grid, source, grad, sums, runs)
     total = sums.sum(dim=0)
     # An operator's results must not share memory.
-    return total[:-1].t().contiguous().view(channels, 1, KERNEL, KERNEL), total[-1].clone()
+    return total[:-1].t().contiguous().view(channels, 1, kernel, kernel), total[-1].clone()
 
 
 def _real(tiles: Tensor) -> torch.dtype:
