@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import CASES, loss_and_gradients, randomise, relative, small_model
 
 from fcmae.model import create_model
-from fcmae.sparse.depthwise import packed_depthwise
 from fcmae.sparse.masked import DenseLayout, MaskedLayout
 from fcmae.sparse.packed import PackedLayout
 from fcmae.sparse.response import response_scale
@@ -129,47 +126,6 @@ def test_bfloat16_autocast_stays_close_to_float64(layout):
     assert relative(actual.prediction.double(), expected.prediction) < 2e-2
     total = torch.cat([g.flatten() for g in gradients.values()]).double()
     assert relative(total, torch.cat([g.flatten() for g in expected_gradients.values()])) < 2e-2
-
-
-@given(
-    rows=st.integers(1, 5),
-    columns=st.integers(1, 5),
-    side=st.sampled_from([1, 2, 4, 8]),
-    channels=st.integers(1, 9),
-    batch=st.integers(1, 3),
-    data=st.data(),
-)
-@settings(max_examples=40, deadline=None)
-def test_packed_depthwise_equals_dense_convolution(rows, columns, side, channels, batch, data):
-    count = data.draw(st.integers(1, rows * columns))
-    torch.manual_seed(rows * 100 + columns * 10 + side)
-    index = TileIndex(draw_visible(batch, rows * columns, count), (rows, columns))
-    tiles = torch.randn(batch, count, side, side, channels, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(channels, 1, 7, 7, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(channels, dtype=torch.float64, requires_grad=True)
-    seed = torch.randn(batch, count, side, side, channels, dtype=torch.float64)
-
-    def reference():
-        dense = tiles.new_zeros(batch, rows * side, columns * side, channels)
-        for b in range(batch):
-            for v, patch in enumerate(index.visible[b].tolist()):
-                y, x = patch // columns * side, patch % columns * side
-                dense[b, y : y + side, x : x + side] = tiles[b, v]
-        out = torch.nn.functional.conv2d(dense.permute(0, 3, 1, 2), weight, bias, padding=3, groups=channels)
-        picked = []
-        for b in range(batch):
-            for patch in index.visible[b].tolist():
-                y, x = patch // columns * side, patch % columns * side
-                picked.append(out[b, :, y : y + side, x : x + side].permute(1, 2, 0))
-        return torch.stack(picked).view_as(tiles)
-
-    results = []
-    for function in (lambda: packed_depthwise(tiles, weight, bias, index), reference):
-        out = function()
-        gradients = torch.autograd.grad((out * seed).sum(), (tiles, weight, bias))
-        results.append((out.detach(), *gradients))
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_scatter_and_gather_are_each_others_inverse_and_gradient():

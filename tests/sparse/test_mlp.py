@@ -1,0 +1,145 @@
+"""The fused pointwise half of a block against the same layers written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import relative, small_model
+from timm.layers import DropPath
+
+from fcmae.sparse import mlp
+from fcmae.sparse.mlp import response_mlp
+from fcmae.sparse.response import response_norms, response_scale, response_scale_backward
+
+
+def inputs(batch, positions, channels, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = 4 * channels
+    shapes = [(batch, positions, channels)] * 2 + [(channels,)] * 2
+    shapes += [(hidden, channels), (hidden,), (hidden,), (hidden,), (channels, hidden), (channels,)]
+    return [
+        (torch.randn(shape, generator=generator, dtype=torch.float64) * 0.7).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
+
+
+def reference(x, shortcut, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2):
+    """As in the paper's own code: GRN with the norm over the positions of an image."""
+    y = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-6), w1, b1))
+    norm = y.norm(dim=1, keepdim=True)
+    y = gamma * (y * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6))) + beta + y
+    return shortcut + F.linear(y, w2, b2)
+
+
+def with_gradients(function, arguments, seed):
+    out = function(*arguments)
+    return out, *torch.autograd.grad(out, arguments, seed)
+
+
+def fused(*arguments):
+    return response_mlp(*arguments, norm_eps=1e-6, eps=1e-6)
+
+
+@given(
+    batch=st.integers(1, 5),
+    positions=st.integers(1, 40),
+    channels=st.integers(1, 9),
+    chunk=st.sampled_from([1, 2000, 1 << 20]),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_the_layers_written_out(batch, positions, channels, chunk):
+    arguments = inputs(batch, positions, channels, seed=batch * 1000 + positions * 10 + channels)
+    seed = torch.randn(batch, positions, channels, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlp, "_CHUNK_BYTES", chunk)
+        actual = with_gradients(fused, arguments, seed)
+    for got, expected in zip(actual, with_gradients(reference, arguments, seed), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("positions", [3, 50])  # GRN's factor applied to positions, folded into the weight
+def test_a_channel_of_zeros_has_finite_gradients(positions):
+    arguments = inputs(2, positions, 4)
+    with torch.no_grad():
+        arguments[4][3] = 0  # fc1's row and bias: GELU(0) = 0 everywhere
+        arguments[5][3] = 0
+        arguments[4][7] = 0  # and one that underflows
+        arguments[5][7] = -100
+    gradients = with_gradients(fused, arguments, torch.ones(2, positions, 4, dtype=torch.float64))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert gradients[6][7] == 0  # nothing reaches the bias of a channel that has underflowed
+    assert gradients[7][3] == 0  # gamma of a channel without response
+
+
+def test_any_number_of_leading_axes():
+    arguments = inputs(2, 12, 4)
+    tiles = [x.view(2, 3, 2, 2, 4) for x in arguments[:2]]
+    torch.testing.assert_close(fused(*tiles, *arguments[2:]).view(2, 12, 4), fused(*arguments))
+
+
+@pytest.mark.parametrize("positions", [3, 50])
+def test_bfloat16_autocast(positions):
+    exact = inputs(2, positions, 4)
+    arguments = [x.detach().float().requires_grad_() for x in exact]
+    seed = torch.randn(2, positions, 4)
+    expected = with_gradients(reference, exact, seed.double())
+
+    def under_autocast(x, *rest):
+        with torch.autocast("cpu", torch.bfloat16):
+            return fused(x.bfloat16(), *rest)
+
+    actual = with_gradients(under_autocast, arguments, seed)
+    for got, want in zip(actual, expected, strict=True):
+        assert got.dtype == torch.float32
+        assert relative(got.double(), want) < 2e-2
+
+
+def test_float64_gradients_numerically():
+    assert torch.autograd.gradcheck(fused, inputs(2, 2, 2))
+    assert torch.autograd.gradcheck(fused, inputs(1, 5, 1))
+
+
+def test_there_is_no_second_derivative():
+    arguments = inputs(1, 2, 2)
+    (gradient,) = torch.autograd.grad(fused(*arguments).square().sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_backward_of_the_response_scale():
+    sums = torch.rand(3, 5, dtype=torch.float64).square()
+    sums[1, 2] = 0
+    gamma = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    activations = torch.randn(3, 7, 5, dtype=torch.float64)
+    activations *= (sums / activations.square().sum(dim=1)).sqrt()[:, None]
+    activations.requires_grad_()
+    grad = torch.randn(3, 5, dtype=torch.float64)
+    scale = response_scale(activations.square().sum(dim=1), gamma, 1e-6)
+    expected, expected_gamma = torch.autograd.grad(scale, (activations, gamma), grad)
+    own, grad_gamma = response_scale_backward(grad, sums, gamma.detach(), 1e-6)
+    torch.testing.assert_close(activations.detach() * own[:, None], expected)
+    torch.testing.assert_close(grad_gamma.sum(dim=0), expected_gamma)
+    assert torch.equal(response_norms(torch.tensor([0.0, 4.0])), torch.tensor([0.0, 2.0]))
+
+
+def test_drop_path_drops_the_images_that_the_reference_drops():
+    model = small_model(image_size=64, patch_size=16, stem_stride=2)
+    for stage in model.encoder.stages:
+        for block in stage.blocks:
+            block.drop_path = DropPath(0.5)
+    images, visible = torch.randn(5, 3, 64, 64, dtype=torch.float64), model.draw_visible(5)
+    results = []
+    for layout in ("masked", "packed"):
+        model.layout = layout
+        torch.manual_seed(3)
+        features = model.encode(images, visible)
+        features.square().sum().backward()
+        results.append([features, *(p.grad for p in model.encoder.parameters() if p.requires_grad)])
+        model.zero_grad()
+    for expected, actual in zip(*results, strict=True):
+        assert relative(actual, expected) < 1e-9
+    model.eval()
+    torch.testing.assert_close(model.encode(images, visible), model.encode(images, visible))
