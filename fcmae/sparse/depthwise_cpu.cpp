@@ -9,8 +9,8 @@
 // 7 weights of a kernel row and one pixel live in registers: 16 vectors. Accumulation is in the type of the tiles.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
+
+#include "channels.h"
 
 namespace {
 
@@ -20,23 +20,6 @@ struct Shape {
   int64_t batch, count, side, channels, rows, columns;
   const int64_t* visible;
   const int32_t* slots;
-};
-
-template <typename T, int W>
-struct Channels {
-  typedef T type __attribute__((vector_size(W * sizeof(T))));
-};
-
-// W channels, of which `n` exist unless all do.
-template <typename T, int W, bool ALL>
-struct Access {
-  using Vector = typename Channels<T, W>::type;
-  static inline Vector load(const T* from, int64_t n) {
-    Vector v{};
-    std::memcpy(&v, from, ALL ? sizeof v : n * sizeof(T));
-    return v;
-  }
-  static inline void store(T* to, const Vector& v, int64_t n) { std::memcpy(to, &v, ALL ? sizeof v : n * sizeof(T)); }
 };
 
 // Offsets, in numbers, of the cells within reach of one cell from the first tile of its image; -1 where there is none.
@@ -158,18 +141,6 @@ inline void accumulate_cell(const Shape& s, const T* tiles, const T* grad, T* we
   A::store(bias_grad, total, n);
 }
 
-// Calls run<W, ALL>(channel, n) over all channels, in vectors of 64 bytes and, at the end, of 32.
-template <typename T, typename Run>
-inline void for_channels(int64_t channels, Run run) {
-  constexpr int W = 64 / sizeof(T), H = W / 2;
-  int64_t c = 0;
-  for (; c + W <= channels; c += W) run.template operator()<W, true>(c, W);
-  const int64_t rest = channels - c;
-  if (rest > H) run.template operator()<W, false>(c, rest);
-  else if (rest == H) run.template operator()<H, true>(c, H);
-  else if (rest > 0) run.template operator()<H, false>(c, rest);
-}
-
 template <typename T, int S>
 void convolve(const Shape& s, const T* tiles, const T* weight, const T* bias, T* out, int threads) {
   const int64_t total = s.batch * s.count, image_size = s.count * s.side * s.side * s.channels;
@@ -179,7 +150,7 @@ void convolve(const Shape& s, const T* tiles, const T* weight, const T* bias, T*
   for (int64_t run = 0; run < runs; ++run)
     for_cells<S>(s, total * run / runs, total * (run + 1) / runs, [&](int64_t image, int64_t at, const auto& near) {
       const int64_t first = image * image_size;
-      for_channels<T>(s.channels, [&]<int W, bool ALL>(int64_t c, int64_t n) {
+      for_channels<T>(0, s.channels, [&]<int W, bool ALL>(int64_t c, int64_t n) {
         convolve_cell<T, W, ALL, S>(s, tiles + first + c, weight + c, bias ? bias + c : nullptr, out + first + at + c,
                                     near, n);
       });
@@ -196,7 +167,7 @@ void accumulate(const Shape& s, const T* tiles, const T* grad, T* sums, int64_t 
     T* sum = sums + run * (K * K + 1) * s.channels;
     for_cells<S>(s, total * run / runs, total * (run + 1) / runs, [&](int64_t image, int64_t at, const auto& near) {
       const int64_t first = image * image_size;
-      for_channels<T>(s.channels, [&]<int W, bool ALL>(int64_t c, int64_t n) {
+      for_channels<T>(0, s.channels, [&]<int W, bool ALL>(int64_t c, int64_t n) {
         accumulate_cell<T, W, ALL, S>(s, tiles + first + c, grad + first + at + c, sum + c,
                                       sum + K * K * s.channels + c, near, n);
       });

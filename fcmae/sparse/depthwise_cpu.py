@@ -7,12 +7,10 @@ float64 for float64 tiles.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from fcmae.sparse.native import library
+from fcmae.sparse.native import call, library
 from fcmae.sparse.tiles import Grid
 
 KERNEL = 7  # the only side that the source is written for
@@ -65,12 +63,5 @@ def _call(
     function: str, tiles: Tensor, visible: Tensor, slots: Tensor, grid: Grid, *arguments: Tensor | int | None
 ) -> None:
     batch, count, side, _, channels = tiles.shape
-    sizes = (ctypes.c_int64 * 6)(batch, count, side, channels, *grid)
-    given = (visible.contiguous(), slots.contiguous(), *arguments, torch.get_num_threads())
-    converted = (
-        ctypes.c_int64(value)
-        if isinstance(value, int)
-        else ctypes.c_void_p(None if value is None else value.data_ptr())
-        for value in given
-    )
-    getattr(library("depthwise_cpu", tiles.dtype), function)(sizes, *converted)
+    sizes = torch.tensor((batch, count, side, channels, *grid))
+    call("depthwise_cpu", tiles.dtype, function, sizes, visible.contiguous(), slots.contiguous(), *arguments)

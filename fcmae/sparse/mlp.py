@@ -2,7 +2,8 @@
 
 B images, N positions per image, C channels, K = 4C hidden channels. Written out as separate layers, the step spends
 half its time in element-wise passes over (B, N, K) and keeps four such tensors for the backward pass. Here one is kept,
-the input of GELU, and everything else of that size lives in buffers of a few images that stay in the cache.
+the input of GELU; everything else of that size lives in buffers of a few images that stay in the cache, and what lies
+between the products is a pass or two (`activation_cpu.py`; `activation_dense.py` where that cannot be had).
 
 GRN multiplies each hidden channel of an image by a factor s (B, K) and adds beta. Behind it comes a linear layer, so
 
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fcmae.sparse.response import response_scale, response_scale_backward, statistics_dtype
+from fcmae.sparse import activation_cpu, activation_dense
+from fcmae.sparse.response import statistics_dtype
 
 # Hidden activations worked on at a time on a CPU; few enough to stay in cache.
 # Other devices take the batch at once.
@@ -53,88 +55,86 @@ class _ResponseMLP(torch.autograd.Function):
         weight1, bias1, weight2 = w1.to(dtype), b1.to(dtype), w2.to(dtype)
         bias2 = torch.addmv(b2.to(wide), w2.to(wide), beta.to(wide))
         norm_args = norm_weight.to(wide), norm_bias.to(wide), norm_eps
+        gamma = gamma.to(wide)
         out = torch.empty_like(shortcut)
         h = torch.empty(batch, positions, hidden, dtype=dtype, device=x.device)
-        sums = torch.empty(batch, hidden, dtype=wide, device=x.device)
+        sums, scales = (torch.empty(batch, hidden, dtype=wide, device=x.device) for _ in range(2))
         means, deviations = (torch.empty(batch, positions, 1, dtype=wide, device=x.device) for _ in range(2))
-        activation: Tensor | None = None
+        module = activation_cpu if activation_cpu.supports(h) else activation_dense
+        buffer: Tensor | None = None
         for images in _chunks(batch, h[0].nbytes, x.device):
             y, means[images], deviations[images] = torch.native_layer_norm(x[images].to(wide), [channels], *norm_args)
             part = h[images]
             torch.addmm(bias1, y.to(dtype).view(-1, channels), weight1.t(), out=part.view(-1, hidden))
-            if activation is None:
-                activation, squares = torch.empty_like(part), torch.empty(part.shape, dtype=wide, device=x.device)
-            a, square = activation[: len(part)], squares[: len(part)]
-            torch.ops.aten.gelu.out(part, out=a)
-            torch.square(a.to(wide), out=square)
-            torch.sum(square, dim=1, out=sums[images])
-            scale = response_scale(sums[images], gamma, eps).to(dtype).unsqueeze(1)
+            buffer = torch.empty_like(part) if buffer is None else buffer
+            a = buffer[: len(part)]
+            sums[images], scales[images] = module.activate(part, gamma, eps, a, apply=not fold)
             result = out[images]
             torch.add(shortcut[images], bias2, out=result)
-            if fold and result.dtype == dtype:
-                result.baddbmm_(a, (weight2 * scale).transpose(1, 2))
-            elif fold:
-                result.add_(torch.bmm(a, (weight2 * scale).transpose(1, 2)))
+            if not fold:
+                _add_product(result.view(-1, channels), a.view(-1, hidden), weight2.t())
+                continue
+            weights = weight2 * scales[images].to(dtype).unsqueeze(1)
+            if result.dtype == dtype:
+                result.baddbmm_(a, weights.transpose(1, 2))
             else:
-                _add_product(result.view(-1, channels), a.mul_(scale).view(-1, hidden), weight2.t())
-        ctx.save_for_backward(x, h, sums, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
-        ctx.settings = norm_eps, eps, fold, shortcut.dtype
+                result.add_(torch.bmm(a, weights.transpose(1, 2)))
+        ctx.save_for_backward(
+            x, h, sums, scales, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2
+        )
+        ctx.settings = norm_eps, eps, fold, module
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, h, sums, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = ctx.saved_tensors
-        norm_eps, eps, fold, _ = ctx.settings
+        saved = ctx.saved_tensors
+        x, h, sums, scales, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = saved
+        norm_eps, eps, fold, module = ctx.settings
         batch, _, channels = x.shape
         dtype, wide, hidden = h.dtype, sums.dtype, h.shape[-1]
-        weight1, weight2 = w1.to(dtype), w2.to(dtype)
+        weight1, weight2 = w1.to(dtype), w2.to(dtype).contiguous()
         norm_args = norm_weight.to(wide), norm_bias.to(wide)
-        scale = response_scale(sums, gamma, eps).to(dtype).unsqueeze(1)
         grad_x = torch.empty_like(x)
         grad_norm = [torch.zeros(channels, dtype=wide, device=x.device) for _ in range(2)]
+        grad_hidden = [torch.zeros(hidden, dtype=wide, device=x.device) for _ in range(2)]  # of gamma and b1
         grad_w1, grad_w2 = (torch.zeros(w.shape, dtype=wide, device=x.device) for w in (w1, w2))
-        grad_b1, grad_gamma = (torch.zeros(hidden, dtype=wide, device=x.device) for _ in range(2))
         buffers: list[Tensor] = []
         for images in _chunks(batch, h[0].nbytes, x.device):
-            part, x_part = h[images], x[images].to(wide)
+            part, scale = h[images], scales[images]
             if not buffers:
-                buffers = [torch.empty_like(part) for _ in range(2 if fold else 3)]
-            a, grad_h = (buffer[: len(part)] for buffer in buffers[:2])
-            grad_part = grad[images].to(dtype)
-            torch.ops.aten.gelu.out(part, out=a)
+                buffers = [torch.empty_like(part) for _ in range(3 if fold else 4)]
+            a, slope, grad_h, *product = (buffer[: len(part)] for buffer in buffers)
+            grad_part = grad[images].to(dtype).contiguous()
             # Through fc2 and GRN's factor.
+            module.reactivate(part, scale, a, slope, None if fold else product[0])
             if fold:
-                grad_weights = torch.bmm(grad_part.transpose(1, 2), a)  # (images, C, K): of each image's own weight
-                grad_scale = (grad_weights * weight2).sum(dim=1, dtype=wide)
-                grad_w2 += (grad_weights * scale[images]).sum(dim=0, dtype=wide)
-                torch.bmm(grad_part, weight2 * scale[images], out=grad_h)
+                weights = torch.bmm(grad_part.transpose(1, 2), a)  # its gradients first, then each image's weight
+                grad_scale = module.unfold(weights, weight2, scale, grad_w2)
+                torch.bmm(grad_part, weights, out=grad_h)
             else:
-                flat, product = grad_part.view(-1, channels), buffers[2][: len(part)]
-                torch.mul(a, scale[images], out=product)
-                _add_product(grad_w2, flat.t(), product.view(-1, hidden))
+                grad_scale = None
+                flat = grad_part.view(-1, channels)
+                _add_product(grad_w2, flat.t(), product[0].view(-1, hidden))
                 torch.mm(flat, weight2, out=grad_h.view(-1, hidden))
-                grad_scale = torch.mul(grad_h, a, out=product).sum(dim=1, dtype=wide)
-                grad_h.mul_(scale[images])
-            own, grad_gamma_part = response_scale_backward(grad_scale, sums[images], gamma, eps)
-            grad_gamma += grad_gamma_part.sum(dim=0)
-            # Through GELU, fc1 and the norm.
-            grad_h.addcmul_(a, own.to(dtype).unsqueeze(1))
-            torch.ops.aten.gelu_backward.grad_input(grad_h, part, grad_input=grad_h)
-            grad_h = grad_h.view(-1, hidden)
-            grad_b1 += grad_h.sum(dim=0, dtype=wide)
+            added = module.activation_gradient(
+                a, slope, None if fold else scale, sums[images], gamma, eps, grad_h, grad_scale
+            )  # fmt: skip
+            # Through fc1 and the norm.
+            x_part, grad_h = x[images].to(wide), grad_h.view(-1, hidden)
             y = torch.native_layer_norm(x_part, [channels], *norm_args, norm_eps)[0]
             _add_product(grad_w1, grad_h.t(), y.to(dtype).view(-1, channels))
             grad_y = torch.mm(grad_h, weight1).view_as(x_part).to(wide)
             grad_x[images], *grad_affine = torch.ops.aten.native_layer_norm_backward(
                 grad_y, x_part, [channels], means[images], deviations[images], *norm_args, [True, True, True]
             )
-            for total, addend in zip(grad_norm, grad_affine, strict=True):
+            for total, addend in zip((*grad_norm, *grad_hidden), (*grad_affine, *added), strict=True):
                 total += addend
         grad_b2 = grad.sum(dim=(0, 1), dtype=wide)
         grad_w2.addr_(grad_b2, beta.to(wide))
         grad_beta = torch.mv(w2.to(wide).t(), grad_b2)
-        parameters = norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2
+        grad_gamma, grad_b1 = grad_hidden
+        parameters = norm_weight, norm_bias, w1, b1, beta, beta, w2, b2
         totals = *grad_norm, grad_w1, grad_b1, grad_gamma, grad_beta, grad_w2, grad_b2
         grads = (total.to(parameter.dtype) for total, parameter in zip(totals, parameters, strict=True))
         return grad_x, grad, *grads, None, None, None

@@ -1,0 +1,70 @@
+"""GELU and response normalisation between the two products of a block, in plain PyTorch: any device, any type.
+
+B images, N positions per image, C channels, K hidden channels. `h` (B, N, K) is fc1's result, `sums` (B, K) its GELU's
+squares summed over positions, `scale` (B, K) GRN's factor; statistics are float32 or wider. Results go to buffers that
+the caller gives, so that they can be used again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fcmae.sparse.response import response_scale, response_scale_backward, statistics_dtype
+
+
+def activate(h: Tensor, gamma: Tensor, eps: float, out: Tensor, *, apply: bool) -> tuple[Tensor, Tensor]:
+    """`out` = GELU(h), with `apply` times the factor; returns (sums, scale)."""
+    torch.ops.aten.gelu.out(h, out=out)
+    sums = out.to(statistics_dtype(h.dtype)).square().sum(dim=1)
+    scale = response_scale(sums, gamma, eps)
+    if apply:
+        out.mul_(scale.to(h.dtype).unsqueeze(1))
+    return sums, scale
+
+
+def reactivate(h: Tensor, scale: Tensor, out: Tensor, slope: Tensor, product: Tensor | None) -> None:
+    """`out` = GELU(h), `slope` = its derivative and `product` = GELU(h) times the factor."""
+    torch.ops.aten.gelu.out(h, out=out)
+    torch.ops.aten.gelu_backward.grad_input(torch.ones_like(h), h, grad_input=slope)
+    if product is not None:
+        torch.mul(out, scale.to(h.dtype).unsqueeze(1), out=product)
+
+
+def unfold(grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor) -> Tensor:
+    """From the gradients (B, C, K) of each image's own weight, `weight` (C, K) times the factor.
+
+    Adds to `grad_weight` (C, K), leaves the images' weights in place of `grad`, returns the gradient of the factor.
+    """
+    grad_scale = (grad * weight).sum(dim=1, dtype=scale.dtype)
+    factor = scale.to(grad.dtype).unsqueeze(1)
+    grad_weight += (grad * factor).sum(dim=0, dtype=scale.dtype)
+    torch.mul(weight, factor, out=grad)
+    return grad_scale
+
+
+def activation_gradient(
+    a: Tensor,
+    slope: Tensor,
+    scale: Tensor | None,
+    sums: Tensor,
+    gamma: Tensor,
+    eps: float,
+    grad: Tensor,
+    grad_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of h, in place of `grad`; returns those of gamma and of fc1's bias, (K,).
+
+    Args:
+        a, slope: GELU(h) and its derivative.
+        grad: that of a times `scale`; or, where the factor was folded into the weights and `scale` is None, that of a,
+            `grad_scale` (B, K) being the factor's.
+    """
+    wide = sums.dtype
+    if scale is not None:
+        grad_scale = (grad * a).sum(dim=1, dtype=wide)
+        grad.mul_(scale.to(a.dtype).unsqueeze(1))
+    assert grad_scale is not None
+    own, grad_gamma = response_scale_backward(grad_scale, sums, gamma, eps)
+    grad.addcmul_(a, own.to(a.dtype).unsqueeze(1)).mul_(slope)
+    return grad_gamma.sum(dim=0), grad.sum(dim=(0, 1), dtype=wide)
