@@ -4,7 +4,7 @@ B images, V visible tiles, T tile side, C channels, K kernel side, L = grid rows
 the visible tiles count as zero and get no output (submanifold rule, paper section 3). Only the tiles are kept for the
 backward pass, so memory stays proportional to what is visible.
 
-Forward, input gradient and weight gradient are `torch.library` operators, so that `torch.compile` sees one node each.
+Forward, input gradient and weight gradient are also `torch.library` operators: `torch.compile` sees one node each.
 Three modules implement them, with the same functions:
 
 - `depthwise_triton.py` on a GPU and `depthwise_cpu.py` on a CPU compute only the products that exist;
@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fcmae.sparse import depthwise_cpu, depthwise_dense
 from fcmae.sparse.tiles import TileIndex
@@ -47,21 +49,18 @@ def _has_triton() -> bool:
     return True
 
 
-@torch.library.custom_op("fcmae::packed_depthwise", mutates_args=())
-def _packed_depthwise(
+def _forward(
     tiles: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, slots: Tensor, rows: int, columns: int
 ) -> Tensor:
     module = implementation(tiles, weight.shape[-1])
     return module.depthwise(tiles, weight, bias, visible, slots, (rows, columns))
 
 
-@torch.library.custom_op("fcmae::packed_depthwise_input_gradient", mutates_args=())
 def _input_gradient(grad: Tensor, weight: Tensor, visible: Tensor, slots: Tensor, rows: int, columns: int) -> Tensor:
     module = implementation(grad, weight.shape[-1])
     return module.depthwise_input_gradient(grad, weight, visible, slots, (rows, columns))
 
 
-@torch.library.custom_op("fcmae::packed_depthwise_weight_gradient", mutates_args=())
 def _weight_gradient(
     tiles: Tensor, grad: Tensor, visible: Tensor, slots: Tensor, rows: int, columns: int, kernel: int
 ) -> tuple[Tensor, Tensor]:
@@ -69,17 +68,26 @@ def _weight_gradient(
     return module.depthwise_weight_gradient(tiles, grad, visible, slots, (rows, columns), kernel)
 
 
-@_packed_depthwise.register_fake
+forward_operator = torch.library.custom_op("fcmae::packed_depthwise", _forward, mutates_args=())
+input_gradient_operator = torch.library.custom_op(
+    "fcmae::packed_depthwise_input_gradient", _input_gradient, mutates_args=()
+)
+weight_gradient_operator = torch.library.custom_op(
+    "fcmae::packed_depthwise_weight_gradient", _weight_gradient, mutates_args=()
+)
+
+
+@forward_operator.register_fake
 def _(tiles, weight, bias, visible, slots, rows, columns):
     return torch.empty_like(tiles)
 
 
-@_input_gradient.register_fake
+@input_gradient_operator.register_fake
 def _(grad, weight, visible, slots, rows, columns):
     return torch.empty_like(grad)
 
 
-@_weight_gradient.register_fake
+@weight_gradient_operator.register_fake
 def _(tiles, grad, visible, slots, rows, columns, kernel):
     wide, channels = torch.promote_types(tiles.dtype, torch.float32), tiles.shape[-1]
     return tiles.new_empty(channels, 1, kernel, kernel, dtype=wide), tiles.new_empty(channels, dtype=wide)
@@ -91,21 +99,38 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(tiles, weight, visible, slots)
 
 
-def _backward(ctx, grad: Tensor):
+def _gradients(ctx, grad: Tensor, input_gradient: Callable, weight_gradient: Callable):
     tiles, weight, visible, slots = ctx.saved_tensors
     grad = grad.contiguous()
     needs_tiles, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_tiles = grad_weight = grad_bias = None
     if needs_tiles:
-        grad_tiles = _input_gradient(grad, weight, visible, slots, *ctx.grid)
+        grad_tiles = input_gradient(grad, weight, visible, slots, *ctx.grid)
     if needs_weight or needs_bias:
-        grad_weight, grad_bias = _weight_gradient(tiles, grad, visible, slots, *ctx.grid, weight.shape[-1])
+        grad_weight, grad_bias = weight_gradient(tiles, grad, visible, slots, *ctx.grid, weight.shape[-1])
         grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
         grad_bias = grad_bias.to(ctx.bias_dtype) if needs_bias else None
     return grad_tiles, grad_weight, grad_bias, None, None, None, None
 
 
-_packed_depthwise.register_autograd(_backward, setup_context=_setup_context)
+forward_operator.register_autograd(
+    lambda ctx, grad: _gradients(ctx, grad, input_gradient_operator, weight_gradient_operator),
+    setup_context=_setup_context,
+)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the dispatch of the operators, which takes longer than a small layer."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_context(ctx, inputs, None)
+        return _forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gradients(ctx, grad, _input_gradient, _weight_gradient)
 
 
 def packed_depthwise(tiles: Tensor, weight: Tensor, bias: Tensor | None, index: TileIndex) -> Tensor:
@@ -139,4 +164,5 @@ def packed_depthwise(tiles: Tensor, weight: Tensor, bias: Tensor | None, index: 
     if torch.is_autocast_enabled(tiles.device.type):
         # The operator runs outside autocast, so its input takes the autocast type here, differentiably.
         tiles = tiles.to(torch.get_autocast_dtype(tiles.device.type))
-    return _packed_depthwise(tiles.contiguous(), weight, bias, index.visible, index.slots, *index.grid)
+    compute = forward_operator if torch.compiler.is_compiling() else _Eager.apply
+    return compute(tiles.contiguous(), weight, bias, index.visible, index.slots, *index.grid)

@@ -27,7 +27,7 @@ from fcmae.sparse.response import statistics_dtype
 
 # Hidden activations worked on at a time on a CPU; few enough to stay in cache.
 # Other devices take the batch at once.
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 6 << 20
 
 
 def _chunks(batch: int, bytes_per_image: int, device: torch.device) -> Iterator[slice]:
@@ -37,12 +37,29 @@ def _chunks(batch: int, bytes_per_image: int, device: torch.device) -> Iterator[
     return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in the type of `total`."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _Sums:
+    """Sums over chunks, in a type of their own; the first addend is taken as it is."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, **addends: Tensor) -> None:
+        for name, addend in addends.items():
+            if name in self.totals:
+                self.totals[name] += addend
+            else:
+                self.totals[name] = addend.to(self.dtype)
+
+    def add_product(self, name: str, a: Tensor, b: Tensor) -> None:
+        if name in self.totals and a.dtype == self.dtype:
+            self.totals[name].addmm_(a, b)
+        else:
+            self.add(**{name: torch.mm(a, b)})
 
 
 class _ResponseMLP(torch.autograd.Function):
@@ -54,53 +71,47 @@ class _ResponseMLP(torch.autograd.Function):
         fold = positions >= 2 * channels
         weight1, bias1, weight2 = w1.to(dtype), b1.to(dtype), w2.to(dtype)
         bias2 = torch.addmv(b2.to(wide), w2.to(wide), beta.to(wide))
-        norm_args = norm_weight.to(wide), norm_bias.to(wide), norm_eps
-        gamma = gamma.to(wide)
+        norm_args = [channels], norm_weight.to(wide), norm_bias.to(wide), norm_eps
         out = torch.empty_like(shortcut)
         h = torch.empty(batch, positions, hidden, dtype=dtype, device=x.device)
-        sums, scales = (torch.empty(batch, hidden, dtype=wide, device=x.device) for _ in range(2))
-        means, deviations = (torch.empty(batch, positions, 1, dtype=wide, device=x.device) for _ in range(2))
         module = activation_cpu if activation_cpu.supports(h) else activation_dense
         buffer: Tensor | None = None
+        statistics: list[tuple[Tensor, ...]] = []
         for images in _chunks(batch, h[0].nbytes, x.device):
-            y, means[images], deviations[images] = torch.native_layer_norm(x[images].to(wide), [channels], *norm_args)
-            part = h[images]
+            y, *of_norm = torch.native_layer_norm(x[images].to(wide), *norm_args)
+            part, result = h[images], out[images]
             torch.addmm(bias1, y.to(dtype).view(-1, channels), weight1.t(), out=part.view(-1, hidden))
             buffer = torch.empty_like(part) if buffer is None else buffer
             a = buffer[: len(part)]
-            sums[images], scales[images] = module.activate(part, gamma, eps, a, apply=not fold)
-            result = out[images]
+            sums, scale = module.activate(part, gamma.to(wide), eps, a, apply=not fold)
+            statistics.append((sums, scale, *of_norm))
             torch.add(shortcut[images], bias2, out=result)
-            if not fold:
-                _add_product(result.view(-1, channels), a.view(-1, hidden), weight2.t())
-                continue
-            weights = weight2 * scales[images].to(dtype).unsqueeze(1)
-            if result.dtype == dtype:
-                result.baddbmm_(a, weights.transpose(1, 2))
+            if fold:
+                weights = (weight2 * scale.to(dtype).unsqueeze(1)).transpose(1, 2)
+                result.baddbmm_(a, weights) if result.dtype == dtype else result.add_(torch.bmm(a, weights))
             else:
-                result.add_(torch.bmm(a, weights.transpose(1, 2)))
-        ctx.save_for_backward(
-            x, h, sums, scales, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2
-        )
+                flat = result.view(-1, channels), a.view(-1, hidden)
+                flat[0].addmm_(flat[1], weight2.t()) if result.dtype == dtype else flat[0].add_(flat[1] @ weight2.t())
+        saved = (_joined(list(parts)) for parts in zip(*statistics, strict=True))
+        ctx.save_for_backward(x, h, *saved, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
         ctx.settings = norm_eps, eps, fold, module
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        saved = ctx.saved_tensors
-        x, h, sums, scales, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = saved
+        x, h, sums, scales, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = ctx.saved_tensors
         norm_eps, eps, fold, module = ctx.settings
-        batch, _, channels = x.shape
+        channels = x.shape[-1]
         dtype, wide, hidden = h.dtype, sums.dtype, h.shape[-1]
         weight1, weight2 = w1.to(dtype), w2.to(dtype).contiguous()
         norm_args = norm_weight.to(wide), norm_bias.to(wide)
-        grad_x = torch.empty_like(x)
-        grad_norm = [torch.zeros(channels, dtype=wide, device=x.device) for _ in range(2)]
-        grad_hidden = [torch.zeros(hidden, dtype=wide, device=x.device) for _ in range(2)]  # of gamma and b1
-        grad_w1, grad_w2 = (torch.zeros(w.shape, dtype=wide, device=x.device) for w in (w1, w2))
+        total = _Sums(wide)
+        if fold:
+            total.add(w2=torch.zeros(w2.shape, dtype=wide, device=x.device))
+        grads_x: list[Tensor] = []
         buffers: list[Tensor] = []
-        for images in _chunks(batch, h[0].nbytes, x.device):
+        for images in _chunks(len(x), h[0].nbytes, x.device):
             part, scale = h[images], scales[images]
             if not buffers:
                 buffers = [torch.empty_like(part) for _ in range(3 if fold else 4)]
@@ -110,34 +121,32 @@ class _ResponseMLP(torch.autograd.Function):
             module.reactivate(part, scale, a, slope, None if fold else product[0])
             if fold:
                 weights = torch.bmm(grad_part.transpose(1, 2), a)  # its gradients first, then each image's weight
-                grad_scale = module.unfold(weights, weight2, scale, grad_w2)
+                grad_scale = module.unfold(weights, weight2, scale, total.totals["w2"])
                 torch.bmm(grad_part, weights, out=grad_h)
             else:
-                grad_scale = None
-                flat = grad_part.view(-1, channels)
-                _add_product(grad_w2, flat.t(), product[0].view(-1, hidden))
+                grad_scale, flat = None, grad_part.view(-1, channels)
+                total.add_product("w2", flat.t(), product[0].view(-1, hidden))
                 torch.mm(flat, weight2, out=grad_h.view(-1, hidden))
-            added = module.activation_gradient(
-                a, slope, None if fold else scale, sums[images], gamma, eps, grad_h, grad_scale
+            grad_gamma, grad_b1 = module.activation_gradient(
+                a, slope, None if fold else scale, sums[images], gamma.to(wide), eps, grad_h, grad_scale
             )  # fmt: skip
             # Through fc1 and the norm.
             x_part, grad_h = x[images].to(wide), grad_h.view(-1, hidden)
             y = torch.native_layer_norm(x_part, [channels], *norm_args, norm_eps)[0]
-            _add_product(grad_w1, grad_h.t(), y.to(dtype).view(-1, channels))
+            total.add_product("w1", grad_h.t(), y.to(dtype).view(-1, channels))
             grad_y = torch.mm(grad_h, weight1).view_as(x_part).to(wide)
-            grad_x[images], *grad_affine = torch.ops.aten.native_layer_norm_backward(
+            grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 grad_y, x_part, [channels], means[images], deviations[images], *norm_args, [True, True, True]
             )
-            for total, addend in zip((*grad_norm, *grad_hidden), (*grad_affine, *added), strict=True):
-                total += addend
+            grads_x.append(grad_x.to(x.dtype))
+            total.add(gamma=grad_gamma, b1=grad_b1, norm_weight=grad_norm_weight, norm_bias=grad_norm_bias)
         grad_b2 = grad.sum(dim=(0, 1), dtype=wide)
-        grad_w2.addr_(grad_b2, beta.to(wide))
-        grad_beta = torch.mv(w2.to(wide).t(), grad_b2)
-        grad_gamma, grad_b1 = grad_hidden
-        parameters = norm_weight, norm_bias, w1, b1, beta, beta, w2, b2
-        totals = *grad_norm, grad_w1, grad_b1, grad_gamma, grad_beta, grad_w2, grad_b2
-        grads = (total.to(parameter.dtype) for total, parameter in zip(totals, parameters, strict=True))
-        return grad_x, grad, *grads, None, None, None
+        total.totals["w2"].addr_(grad_b2, beta.to(wide))
+        total.add(b2=grad_b2, beta=torch.mv(w2.to(wide).t(), grad_b2))
+        parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1}
+        parameters |= {"gamma": gamma, "beta": beta, "w2": w2, "b2": b2}
+        grads = (total.totals[name].to(parameter.dtype) for name, parameter in parameters.items())
+        return _joined(grads_x), grad, *grads, None, None, None
 
 
 def response_mlp(
