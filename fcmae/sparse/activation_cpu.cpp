@@ -21,8 +21,12 @@ struct Normal {
     return x;
   }
 
-  static inline Vector density(Vector x) {
-    for (int i = 0; i < W; ++i) x[i] = T(0.39894228040143267794) * std::exp(T(-0.5) * x[i] * x[i]);
+  // GELU's derivative at x, where `value` is GELU(x) and value / x the distribution function.
+  static inline Vector slope(Vector x, const Vector& value) {
+    for (int i = 0; i < W; ++i) {
+      const T density = T(0.39894228040143267794) * std::exp(T(-0.5) * x[i] * x[i]);
+      x[i] = (x[i] == 0 ? T(0.5) : value[i] / x[i]) + x[i] * density;
+    }
     return x;
   }
 };
@@ -33,7 +37,10 @@ struct Normal<float, W> {
   using Integers = typename Channels<int32_t, W>::type;
 
   static inline Vector distribution(const Vector& x) { return 0.5f + 0.5f * erf(x * 0.70710678f); }
-  static inline Vector density(const Vector& x) { return 0.39894228f * exp_of_negative(-0.5f * x * x); }
+  static inline Vector slope(const Vector& x, const Vector& value) {
+    const Vector half = Vector{} + 0.5f;
+    return (x == 0.0f ? half : value / x) + x * (0.39894228f * exp_of_negative(-0.5f * x * x));
+  }
 
   // x P(x²) / Q(x²), fitted to a relative error of 2e-8 up to 3.925, beyond which erf rounds to 1. NaN stays NaN.
   static inline Vector erf(Vector x) {
@@ -110,18 +117,20 @@ inline T norms(const T* sums, int64_t channels, T eps, T* norm) {
 
 }  // namespace
 
-// a = GELU(h); sums = its squares summed over positions; scale = GRN's factor 1 + gamma norm / (mean norm + eps).
-// With `apply`, a is multiplied by it.
-extern "C" void fcmae_activate(int64_t images, int64_t positions, int64_t channels, const REAL* h, const REAL* gamma,
-                               double eps, REAL* a, REAL* sums, REAL* scale, int64_t apply, int64_t threads) {
+// h += bias; a = GELU(h); sums = its squares summed over positions; scale = GRN's factor 1 + gamma norm / (mean norm +
+// eps). With `apply`, a is multiplied by it.
+extern "C" void fcmae_activate(int64_t images, int64_t positions, int64_t channels, REAL* h, const REAL* bias,
+                               const REAL* gamma, double eps, REAL* a, REAL* sums, REAL* scale, int64_t apply,
+                               int64_t threads) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
     for_ranges(images, channels, threads, [&](int64_t image, int64_t begin, int64_t end) {
       std::fill(sums + image * channels + begin, sums + image * channels + end, REAL(0));
       for_positions<REAL>(image, positions, channels, begin, end, [&]<int W, bool ALL>(int64_t at, int64_t k, int64_t n) {
         using A = Access<REAL, W, ALL>;
-        const auto x = A::load(h + at, n);
+        const auto x = A::load(h + at, n) + A::load(bias + k - image * channels, n);
         const auto value = x * Normal<REAL, W>::distribution(x);
+        A::store(h + at, x, n);
         A::store(sums + k, A::load(sums + k, n) + value * value, n);
         A::store(a + at, value, n);
       });
@@ -143,17 +152,17 @@ extern "C" void fcmae_activate(int64_t images, int64_t positions, int64_t channe
   }
 }
 
-// a = GELU(h), slope = its derivative and, unless `product` is null, product = a · scale.
+// a = GELU(h) and, unless `product` is null, product = a · scale.
 extern "C" void fcmae_reactivate(int64_t images, int64_t positions, int64_t channels, const REAL* h, const REAL* scale,
-                                 REAL* a, REAL* slope, REAL* product, int64_t threads) {
+                                 REAL* a, REAL* product, int64_t threads) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
   for_ranges(images, channels, threads, [&](int64_t image, int64_t begin, int64_t end) {
     for_positions<REAL>(image, positions, channels, begin, end, [&]<int W, bool ALL>(int64_t at, int64_t k, int64_t n) {
       using A = Access<REAL, W, ALL>;
-      const auto x = A::load(h + at, n), distribution = Normal<REAL, W>::distribution(x);
-      A::store(a + at, x * distribution, n);
-      A::store(slope + at, distribution + x * Normal<REAL, W>::density(x), n);
-      if (product) A::store(product + at, x * distribution * A::load(scale + k, n), n);
+      const auto x = A::load(h + at, n);
+      const auto value = x * Normal<REAL, W>::distribution(x);
+      A::store(a + at, value, n);
+      if (product) A::store(product + at, value * A::load(scale + k, n), n);
     });
   });
 }
@@ -191,8 +200,8 @@ extern "C" void fcmae_unfold(int64_t images, int64_t width, int64_t channels, RE
 
 // The gradient of h, in place of that of a · scale (or of a, where `scale` is null and grad_scale given), and per image
 // the gradients of gamma and of fc1's bias, (B, K). `own` (B, K) is workspace.
-extern "C" void fcmae_activation_gradient(int64_t images, int64_t positions, int64_t channels, const REAL* a,
-                                          const REAL* slope, const REAL* scale, const REAL* sums, const REAL* gamma,
+extern "C" void fcmae_activation_gradient(int64_t images, int64_t positions, int64_t channels, const REAL* h,
+                                          const REAL* a, const REAL* scale, const REAL* sums, const REAL* gamma,
                                           double eps, REAL* grad, REAL* grad_scale, REAL* grad_gamma, REAL* grad_bias,
                                           REAL* own, int64_t threads) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
@@ -226,9 +235,10 @@ extern "C" void fcmae_activation_gradient(int64_t images, int64_t positions, int
       std::fill(grad_bias + image * channels + begin, grad_bias + image * channels + end, REAL(0));
       for_positions<REAL>(image, positions, channels, begin, end, [&]<int W, bool ALL>(int64_t at, int64_t k, int64_t n) {
         using A = Access<REAL, W, ALL>;
+        const auto x = A::load(h + at, n), value = A::load(a + at, n);
         auto g = A::load(grad + at, n);
         if (scale) g *= A::load(scale + k, n);
-        g = (g + A::load(a + at, n) * A::load(own + k, n)) * A::load(slope + at, n);
+        g = (g + value * A::load(own + k, n)) * Normal<REAL, W>::slope(x, value);
         A::store(grad_bias + k, A::load(grad_bias + k, n) + g, n);
         A::store(grad + at, g, n);
       });

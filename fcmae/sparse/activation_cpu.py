@@ -16,14 +16,14 @@ def supports(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in REALS and library("activation_cpu", x.dtype) is not None
 
 
-def activate(h: Tensor, gamma: Tensor, eps: float, out: Tensor, *, apply: bool) -> tuple[Tensor, Tensor]:
+def activate(h: Tensor, bias: Tensor, gamma: Tensor, eps: float, out: Tensor, *, apply: bool) -> tuple[Tensor, Tensor]:
     sums, scale = (h.new_empty(h.shape[0], h.shape[2]) for _ in range(2))
-    _call("fcmae_activate", h, *h.shape, h, gamma, eps, out, sums, scale, int(apply))
+    _call("fcmae_activate", h, *h.shape, h, bias, gamma, eps, out, sums, scale, int(apply))
     return sums, scale
 
 
-def reactivate(h: Tensor, scale: Tensor, out: Tensor, slope: Tensor, product: Tensor | None) -> None:
-    _call("fcmae_reactivate", h, *h.shape, h, scale, out, slope, product)
+def reactivate(h: Tensor, scale: Tensor, out: Tensor, product: Tensor | None) -> None:
+    _call("fcmae_reactivate", h, *h.shape, h, scale, out, product)
 
 
 def unfold(grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ def unfold(grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor) -> 
 
 
 def activation_gradient(
+    h: Tensor,
     a: Tensor,
-    slope: Tensor,
     scale: Tensor | None,
     sums: Tensor,
     gamma: Tensor,
@@ -46,7 +46,7 @@ def activation_gradient(
         grad_scale = torch.empty_like(sums)
     results = torch.empty(3, *sums.shape, dtype=a.dtype)  # of gamma and bias per image, and workspace
     _call(
-        "fcmae_activation_gradient", a, *a.shape, a, slope, scale, sums, gamma, eps, grad, grad_scale, *results.unbind()
+        "fcmae_activation_gradient", h, *h.shape, h, a, scale, sums, gamma, eps, grad, grad_scale, *results.unbind()
     )  # fmt: skip
     grad_gamma, grad_bias = results[:2].sum(dim=1)
     return grad_gamma, grad_bias

@@ -1,8 +1,8 @@
 """GELU and response normalisation between the two products of a block, in plain PyTorch: any device, any type.
 
-B images, N positions per image, C channels, K hidden channels. `h` (B, N, K) is fc1's result, `sums` (B, K) its GELU's
-squares summed over positions, `scale` (B, K) GRN's factor; statistics are float32 or wider. Results go to buffers that
-the caller gives, so that they can be used again.
+B images, N positions per image, C channels, K hidden channels. `h` (B, N, K) is fc1's result, at first without its
+bias, `sums` (B, K) its GELU's squares summed over positions, `scale` (B, K) GRN's factor; statistics are float32 or
+wider. Results go to buffers that the caller gives, so that they can be used again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 from fcmae.sparse.response import response_scale, response_scale_backward, statistics_dtype
 
 
-def activate(h: Tensor, gamma: Tensor, eps: float, out: Tensor, *, apply: bool) -> tuple[Tensor, Tensor]:
-    """`out` = GELU(h), with `apply` times the factor; returns (sums, scale)."""
+def activate(h: Tensor, bias: Tensor, gamma: Tensor, eps: float, out: Tensor, *, apply: bool) -> tuple[Tensor, Tensor]:
+    """Adds `bias` (K,) to `h`; `out` = GELU(h), with `apply` times the factor; returns (sums, scale)."""
+    h += bias
     torch.ops.aten.gelu.out(h, out=out)
     sums = out.to(statistics_dtype(h.dtype)).square().sum(dim=1)
     scale = response_scale(sums, gamma, eps)
@@ -23,10 +24,9 @@ def activate(h: Tensor, gamma: Tensor, eps: float, out: Tensor, *, apply: bool) 
     return sums, scale
 
 
-def reactivate(h: Tensor, scale: Tensor, out: Tensor, slope: Tensor, product: Tensor | None) -> None:
-    """`out` = GELU(h), `slope` = its derivative and `product` = GELU(h) times the factor."""
+def reactivate(h: Tensor, scale: Tensor, out: Tensor, product: Tensor | None) -> None:
+    """`out` = GELU(h) and `product` = GELU(h) times the factor."""
     torch.ops.aten.gelu.out(h, out=out)
-    torch.ops.aten.gelu_backward.grad_input(torch.ones_like(h), h, grad_input=slope)
     if product is not None:
         torch.mul(out, scale.to(h.dtype).unsqueeze(1), out=product)
 
@@ -44,8 +44,8 @@ def unfold(grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor) -> 
 
 
 def activation_gradient(
+    h: Tensor,
     a: Tensor,
-    slope: Tensor,
     scale: Tensor | None,
     sums: Tensor,
     gamma: Tensor,
@@ -53,10 +53,10 @@ def activation_gradient(
     grad: Tensor,
     grad_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of h, in place of `grad`; returns those of gamma and of fc1's bias, (K,).
+    """The gradient of `h`, in place of `grad`; returns those of gamma and of fc1's bias, (K,).
 
     Args:
-        a, slope: GELU(h) and its derivative.
+        a: GELU(h).
         grad: that of a times `scale`; or, where the factor was folded into the weights and `scale` is None, that of a,
             `grad_scale` (B, K) being the factor's.
     """
@@ -66,5 +66,6 @@ def activation_gradient(
         grad.mul_(scale.to(a.dtype).unsqueeze(1))
     assert grad_scale is not None
     own, grad_gamma = response_scale_backward(grad_scale, sums, gamma, eps)
-    grad.addcmul_(a, own.to(a.dtype).unsqueeze(1)).mul_(slope)
+    grad.addcmul_(a, own.to(a.dtype).unsqueeze(1))
+    torch.ops.aten.gelu_backward.grad_input(grad, h, grad_input=grad)
     return grad_gamma.sum(dim=0), grad.sum(dim=(0, 1), dtype=wide)

@@ -63,5 +63,5 @@ def _call(
     function: str, tiles: Tensor, visible: Tensor, slots: Tensor, grid: Grid, *arguments: Tensor | int | None
 ) -> None:
     batch, count, side, _, channels = tiles.shape
-    sizes = torch.tensor((batch, count, side, channels, *grid))
+    sizes = (batch, count, side, channels, *grid)
     call("depthwise_cpu", tiles.dtype, function, sizes, visible.contiguous(), slots.contiguous(), *arguments)

@@ -80,10 +80,10 @@ class _ResponseMLP(torch.autograd.Function):
         for images in _chunks(batch, h[0].nbytes, x.device):
             y, *of_norm = torch.native_layer_norm(x[images].to(wide), *norm_args)
             part, result = h[images], out[images]
-            torch.addmm(bias1, y.to(dtype).view(-1, channels), weight1.t(), out=part.view(-1, hidden))
+            torch.mm(y.to(dtype).view(-1, channels), weight1.t(), out=part.view(-1, hidden))
             buffer = torch.empty_like(part) if buffer is None else buffer
             a = buffer[: len(part)]
-            sums, scale = module.activate(part, gamma.to(wide), eps, a, apply=not fold)
+            sums, scale = module.activate(part, bias1, gamma.to(wide), eps, a, apply=not fold)
             statistics.append((sums, scale, *of_norm))
             torch.add(shortcut[images], bias2, out=result)
             if fold:
@@ -114,11 +114,11 @@ class _ResponseMLP(torch.autograd.Function):
         for images in _chunks(len(x), h[0].nbytes, x.device):
             part, scale = h[images], scales[images]
             if not buffers:
-                buffers = [torch.empty_like(part) for _ in range(3 if fold else 4)]
-            a, slope, grad_h, *product = (buffer[: len(part)] for buffer in buffers)
+                buffers = [torch.empty_like(part) for _ in range(2 if fold else 3)]
+            a, grad_h, *product = (buffer[: len(part)] for buffer in buffers)
             grad_part = grad[images].to(dtype).contiguous()
             # Through fc2 and GRN's factor.
-            module.reactivate(part, scale, a, slope, None if fold else product[0])
+            module.reactivate(part, scale, a, None if fold else product[0])
             if fold:
                 weights = torch.bmm(grad_part.transpose(1, 2), a)  # its gradients first, then each image's weight
                 grad_scale = module.unfold(weights, weight2, scale, total.totals["w2"])
@@ -128,12 +128,13 @@ class _ResponseMLP(torch.autograd.Function):
                 total.add_product("w2", flat.t(), product[0].view(-1, hidden))
                 torch.mm(flat, weight2, out=grad_h.view(-1, hidden))
             grad_gamma, grad_b1 = module.activation_gradient(
-                a, slope, None if fold else scale, sums[images], gamma.to(wide), eps, grad_h, grad_scale
+                part, a, None if fold else scale, sums[images], gamma.to(wide), eps, grad_h, grad_scale
             )  # fmt: skip
             # Through fc1 and the norm.
             x_part, grad_h = x[images].to(wide), grad_h.view(-1, hidden)
             y = torch.native_layer_norm(x_part, [channels], *norm_args, norm_eps)[0]
-            total.add_product("w1", grad_h.t(), y.to(dtype).view(-1, channels))
+            # Transposed: the longer side of the result last suits the product.
+            total.add_product("w1", y.to(dtype).view(-1, channels).t(), grad_h)
             grad_y = torch.mm(grad_h, weight1).view_as(x_part).to(wide)
             grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 grad_y, x_part, [channels], means[images], deviations[images], *norm_args, [True, True, True]
@@ -143,6 +144,7 @@ class _ResponseMLP(torch.autograd.Function):
         grad_b2 = grad.sum(dim=(0, 1), dtype=wide)
         total.totals["w2"].addr_(grad_b2, beta.to(wide))
         total.add(b2=grad_b2, beta=torch.mv(w2.to(wide).t(), grad_b2))
+        total.totals["w1"] = total.totals["w1"].t().contiguous()
         parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1}
         parameters |= {"gamma": gamma, "beta": beta, "w2": w2, "b2": b2}
         grads = (total.totals[name].to(parameter.dtype) for name, parameter in parameters.items())

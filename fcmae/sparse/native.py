@@ -49,8 +49,8 @@ def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
 
 
-def call(name: str, dtype: torch.dtype, function: str, *arguments: Tensor | float | None) -> None:
-    """Call a function of a library: tensors as pointers (None as null), numbers as int64 or double, then the threads.
+def call(name: str, dtype: torch.dtype, function: str, *arguments: Tensor | float | tuple[int, ...] | None) -> None:
+    """Call a function of a library: tensors and tuples as pointers (None as null), numbers as int64 or double, threads.
 
     Tensors must be contiguous and, where they are of a floating type, of `dtype`.
     """
@@ -62,6 +62,8 @@ def call(name: str, dtype: torch.dtype, function: str, *arguments: Tensor | floa
             converted.append(ctypes.c_void_p(argument.data_ptr()))
         elif argument is None:
             converted.append(ctypes.c_void_p(None))
+        elif isinstance(argument, tuple):
+            converted.append((ctypes.c_int64 * len(argument))(*argument))
         else:
             converted.append((ctypes.c_double if isinstance(argument, float) else ctypes.c_int64)(argument))
     getattr(library(name, dtype), function)(*converted, ctypes.c_int64(torch.get_num_threads()))
