@@ -118,9 +118,9 @@ inline T norms(const T* sums, int64_t channels, T eps, T* norm) {
 }  // namespace
 
 // h += bias; a = GELU(h); sums = its squares summed over positions; scale = GRN's factor 1 + gamma norm / (mean norm +
-// eps). With `apply`, a is multiplied by it.
+// eps). Unless beta is null, a = a · scale + beta.
 extern "C" void fcmae_activate(int64_t images, int64_t positions, int64_t channels, REAL* h, const REAL* bias,
-                               const REAL* gamma, double eps, REAL* a, REAL* sums, REAL* scale, int64_t apply,
+                               const REAL* gamma, const REAL* beta, double eps, REAL* a, REAL* sums, REAL* scale,
                                int64_t threads) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
@@ -141,20 +141,21 @@ extern "C" void fcmae_activate(int64_t images, int64_t positions, int64_t channe
       const REAL mean = norms(sums + image * channels, channels, static_cast<REAL>(eps), s);
       for (int64_t k = 0; k < channels; ++k) s[k] = 1 + gamma[k] * (s[k] / mean);
     }
-    if (apply)
+    if (beta)
       for_ranges(images, channels, threads, [&](int64_t image, int64_t begin, int64_t end) {
         for_positions<REAL>(image, positions, channels, begin, end,
                             [&]<int W, bool ALL>(int64_t at, int64_t k, int64_t n) {
                               using A = Access<REAL, W, ALL>;
-                              A::store(a + at, A::load(a + at, n) * A::load(scale + k, n), n);
+                              const auto offset = A::load(beta + k - image * channels, n);
+                              A::store(a + at, A::load(a + at, n) * A::load(scale + k, n) + offset, n);
                             });
       });
   }
 }
 
-// a = GELU(h) and, unless `product` is null, product = a · scale.
+// a = GELU(h) and, unless `product` is null, product = a · scale + beta.
 extern "C" void fcmae_reactivate(int64_t images, int64_t positions, int64_t channels, const REAL* h, const REAL* scale,
-                                 REAL* a, REAL* product, int64_t threads) {
+                                 const REAL* beta, REAL* a, REAL* product, int64_t threads) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
   for_ranges(images, channels, threads, [&](int64_t image, int64_t begin, int64_t end) {
     for_positions<REAL>(image, positions, channels, begin, end, [&]<int W, bool ALL>(int64_t at, int64_t k, int64_t n) {
@@ -162,7 +163,8 @@ extern "C" void fcmae_reactivate(int64_t images, int64_t positions, int64_t chan
       const auto x = A::load(h + at, n);
       const auto value = x * Normal<REAL, W>::distribution(x);
       A::store(a + at, value, n);
-      if (product) A::store(product + at, value * A::load(scale + k, n), n);
+      if (!product) return;
+      A::store(product + at, value * A::load(scale + k, n) + A::load(beta + k - image * channels, n), n);
     });
   });
 }

@@ -16,14 +16,16 @@ def supports(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in REALS and library("activation_cpu", x.dtype) is not None
 
 
-def activate(h: Tensor, bias: Tensor, gamma: Tensor, eps: float, out: Tensor, *, apply: bool) -> tuple[Tensor, Tensor]:
+def activate(
+    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, out: Tensor
+) -> tuple[Tensor, Tensor]:
     sums, scale = (h.new_empty(h.shape[0], h.shape[2]) for _ in range(2))
-    _call("fcmae_activate", h, *h.shape, h, bias, gamma, eps, out, sums, scale, int(apply))
+    _call("fcmae_activate", h, *h.shape, h, bias, gamma, beta, eps, out, sums, scale)
     return sums, scale
 
 
-def reactivate(h: Tensor, scale: Tensor, out: Tensor, product: Tensor | None) -> None:
-    _call("fcmae_reactivate", h, *h.shape, h, scale, out, product)
+def reactivate(h: Tensor, scale: Tensor, beta: Tensor, out: Tensor, product: Tensor | None) -> None:
+    _call("fcmae_reactivate", h, *h.shape, h, scale, beta, out, product)
 
 
 def unfold(grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor) -> Tensor:

@@ -13,22 +13,24 @@ from torch import Tensor
 from fcmae.sparse.response import response_scale, response_scale_backward, statistics_dtype
 
 
-def activate(h: Tensor, bias: Tensor, gamma: Tensor, eps: float, out: Tensor, *, apply: bool) -> tuple[Tensor, Tensor]:
-    """Adds `bias` (K,) to `h`; `out` = GELU(h), with `apply` times the factor; returns (sums, scale)."""
+def activate(
+    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Adds `bias` (K,) to `h`; `out` = GELU(h), with `beta` (K,) times the factor plus beta; returns (sums, scale)."""
     h += bias
     torch.ops.aten.gelu.out(h, out=out)
     sums = out.to(statistics_dtype(h.dtype)).square().sum(dim=1)
     scale = response_scale(sums, gamma, eps)
-    if apply:
-        out.mul_(scale.to(h.dtype).unsqueeze(1))
+    if beta is not None:
+        torch.addcmul(beta.to(h.dtype), out, scale.to(h.dtype).unsqueeze(1), out=out)
     return sums, scale
 
 
-def reactivate(h: Tensor, scale: Tensor, out: Tensor, product: Tensor | None) -> None:
-    """`out` = GELU(h) and `product` = GELU(h) times the factor."""
+def reactivate(h: Tensor, scale: Tensor, beta: Tensor, out: Tensor, product: Tensor | None) -> None:
+    """`out` = GELU(h) and `product` = GELU(h) times the factor plus beta."""
     torch.ops.aten.gelu.out(h, out=out)
     if product is not None:
-        torch.mul(out, scale.to(h.dtype).unsqueeze(1), out=product)
+        torch.addcmul(beta.to(h.dtype), out, scale.to(h.dtype).unsqueeze(1), out=product)
 
 
 def unfold(grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor) -> Tensor:

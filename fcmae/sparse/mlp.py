@@ -70,7 +70,8 @@ class _ResponseMLP(torch.autograd.Function):
         wide = statistics_dtype(dtype)
         fold = positions >= 2 * channels
         weight1, bias1, weight2 = w1.to(dtype), b1.to(dtype), w2.to(dtype)
-        bias2 = torch.addmv(b2.to(wide), w2.to(wide), beta.to(wide))
+        gamma_wide, beta_wide = gamma.to(wide), beta.to(wide)
+        bias2 = torch.addmv(b2.to(wide), w2.to(wide), beta_wide) if fold else b2.to(wide)
         norm_args = [channels], norm_weight.to(wide), norm_bias.to(wide), norm_eps
         out = torch.empty_like(shortcut)
         h = torch.empty(batch, positions, hidden, dtype=dtype, device=x.device)
@@ -83,7 +84,7 @@ class _ResponseMLP(torch.autograd.Function):
             torch.mm(y.to(dtype).view(-1, channels), weight1.t(), out=part.view(-1, hidden))
             buffer = torch.empty_like(part) if buffer is None else buffer
             a = buffer[: len(part)]
-            sums, scale = module.activate(part, bias1, gamma.to(wide), eps, a, apply=not fold)
+            sums, scale = module.activate(part, bias1, gamma_wide, None if fold else beta_wide, eps, a)
             statistics.append((sums, scale, *of_norm))
             torch.add(shortcut[images], bias2, out=result)
             if fold:
@@ -105,7 +106,7 @@ class _ResponseMLP(torch.autograd.Function):
         channels = x.shape[-1]
         dtype, wide, hidden = h.dtype, sums.dtype, h.shape[-1]
         weight1, weight2 = w1.to(dtype), w2.to(dtype).contiguous()
-        norm_args = norm_weight.to(wide), norm_bias.to(wide)
+        norm_args, gamma_wide, beta_wide = (norm_weight.to(wide), norm_bias.to(wide)), gamma.to(wide), beta.to(wide)
         total = _Sums(wide)
         if fold:
             total.add(w2=torch.zeros(w2.shape, dtype=wide, device=x.device))
@@ -118,7 +119,7 @@ class _ResponseMLP(torch.autograd.Function):
             a, grad_h, *product = (buffer[: len(part)] for buffer in buffers)
             grad_part = grad[images].to(dtype).contiguous()
             # Through fc2 and GRN's factor.
-            module.reactivate(part, scale, a, None if fold else product[0])
+            module.reactivate(part, scale, beta_wide, a, None if fold else product[0])
             if fold:
                 weights = torch.bmm(grad_part.transpose(1, 2), a)  # its gradients first, then each image's weight
                 grad_scale = module.unfold(weights, weight2, scale, total.totals["w2"])
@@ -128,13 +129,12 @@ class _ResponseMLP(torch.autograd.Function):
                 total.add_product("w2", flat.t(), product[0].view(-1, hidden))
                 torch.mm(flat, weight2, out=grad_h.view(-1, hidden))
             grad_gamma, grad_b1 = module.activation_gradient(
-                part, a, None if fold else scale, sums[images], gamma.to(wide), eps, grad_h, grad_scale
+                part, a, None if fold else scale, sums[images], gamma_wide, eps, grad_h, grad_scale
             )  # fmt: skip
             # Through fc1 and the norm.
             x_part, grad_h = x[images].to(wide), grad_h.view(-1, hidden)
             y = torch.native_layer_norm(x_part, [channels], *norm_args, norm_eps)[0]
-            # Transposed: the longer side of the result last suits the product.
-            total.add_product("w1", y.to(dtype).view(-1, channels).t(), grad_h)
+            total.add_product("w1", grad_h.t(), y.to(dtype).view(-1, channels))
             grad_y = torch.mm(grad_h, weight1).view_as(x_part).to(wide)
             grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 grad_y, x_part, [channels], means[images], deviations[images], *norm_args, [True, True, True]
@@ -142,9 +142,9 @@ class _ResponseMLP(torch.autograd.Function):
             grads_x.append(grad_x.to(x.dtype))
             total.add(gamma=grad_gamma, b1=grad_b1, norm_weight=grad_norm_weight, norm_bias=grad_norm_bias)
         grad_b2 = grad.sum(dim=(0, 1), dtype=wide)
-        total.totals["w2"].addr_(grad_b2, beta.to(wide))
+        if fold:
+            total.totals["w2"].addr_(grad_b2, beta_wide)
         total.add(b2=grad_b2, beta=torch.mv(w2.to(wide).t(), grad_b2))
-        total.totals["w1"] = total.totals["w1"].t().contiguous()
         parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1}
         parameters |= {"gamma": gamma, "beta": beta, "w2": w2, "b2": b2}
         grads = (total.totals[name].to(parameter.dtype) for name, parameter in parameters.items())
@@ -180,5 +180,7 @@ def response_mlp(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     flat = (x.flatten(1, -2), shortcut.flatten(1, -2))
     parameters = (norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
+    if not torch.is_autocast_enabled(device):
+        return _ResponseMLP.apply(*flat, *parameters, norm_eps, eps, dtype).view_as(shortcut)
     with torch.autocast(device, enabled=False):
         return _ResponseMLP.apply(*flat, *parameters, norm_eps, eps, dtype).view_as(shortcut)
