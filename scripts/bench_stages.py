@@ -27,7 +27,7 @@ from bench_sparse import DTYPES, gemm_peak, synchronise, table
 
 from fcmae.architecture import SIZES
 from fcmae.model import create_model
-from fcmae.sparse import depthwise_dense
+from fcmae.sparse import depthwise_dense, mlp
 from fcmae.sparse.depthwise import implementation
 from fcmae.sparse.encoder import Layout
 from fcmae.sparse.packed import PackedLayout
@@ -69,7 +69,10 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--chunk-mib", type=float, help="hidden activations worked on at a time on a CPU")
     arguments = parser.parse_args()
+    if arguments.chunk_mib:
+        mlp.CHUNK_BYTES = int(arguments.chunk_mib * 2**20)
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     torch.manual_seed(0)
     model = create_model(arguments.size)

@@ -27,12 +27,12 @@ from fcmae.sparse.response import statistics_dtype
 
 # Hidden activations worked on at a time on a CPU; few enough to stay in cache.
 # Other devices take the batch at once.
-_CHUNK_BYTES = 6 << 20
+CHUNK_BYTES = 6 << 20
 
 
 def _chunks(batch: int, bytes_per_image: int, device: torch.device) -> Iterator[slice]:
     """Equal runs of images whose hidden activations fit the cache."""
-    count = math.ceil(batch * bytes_per_image / _CHUNK_BYTES) if device.type == "cpu" else 1
+    count = math.ceil(batch * bytes_per_image / CHUNK_BYTES) if device.type == "cpu" else 1
     size = math.ceil(batch / max(1, min(count, batch)))
     return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
 

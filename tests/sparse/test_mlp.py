@@ -54,7 +54,7 @@ def test_equals_the_layers_written_out(batch, positions, channels, chunk):
     arguments = inputs(batch, positions, channels, seed=batch * 1000 + positions * 10 + channels)
     seed = torch.randn(batch, positions, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlp, "_CHUNK_BYTES", chunk)
+        patch.setattr(mlp, "CHUNK_BYTES", chunk)
         actual = with_gradients(fused, arguments, seed)
     for got, expected in zip(actual, with_gradients(reference, arguments, seed), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
