@@ -21,12 +21,8 @@ struct Normal {
     return x;
   }
 
-  // GELU's derivative at x, where `value` is GELU(x) and value / x the distribution function.
-  static inline Vector slope(Vector x, const Vector& value) {
-    for (int i = 0; i < W; ++i) {
-      const T density = T(0.39894228040143267794) * std::exp(T(-0.5) * x[i] * x[i]);
-      x[i] = (x[i] == 0 ? T(0.5) : value[i] / x[i]) + x[i] * density;
-    }
+  static inline Vector density(Vector x) {
+    for (int i = 0; i < W; ++i) x[i] = T(0.39894228040143267794) * std::exp(T(-0.5) * x[i] * x[i]);
     return x;
   }
 };
@@ -37,17 +33,12 @@ struct Normal<float, W> {
   using Integers = typename Channels<int32_t, W>::type;
 
   static inline Vector distribution(const Vector& x) { return 0.5f + 0.5f * erf(x * 0.70710678f); }
-  static inline Vector slope(const Vector& x, const Vector& value) {
-    const Vector half = Vector{} + 0.5f;
-    return (x == 0.0f ? half : value / x) + x * (0.39894228f * exp_of_negative(-0.5f * x * x));
-  }
+  static inline Vector density(const Vector& x) { return 0.39894228f * exp_of_negative(-0.5f * x * x); }
 
-  // x P(x²) / Q(x²), fitted to a relative error of 2e-8 up to 3.925, beyond which erf rounds to 1. NaN stays NaN.
-  static inline Vector erf(Vector x) {
-    const Vector end = Vector{} + 3.925f;
-    x = x > end ? end : x;
-    x = x < -end ? -end : x;
-    const Vector u = x * x;
+  // x P(x²) / Q(x²), fitted to a relative error of 2e-8 up to 3.925, beyond which erf rounds to 1 (exactly, so that GELU
+  // of a large negative number is 0). NaN stays NaN.
+  static inline Vector erf(const Vector& x) {
+    const Vector end = Vector{} + 3.925f, one = Vector{} + 1.0f, u = x * x;
     Vector p = Vector{} + 2.046187554e-06f, q = Vector{} + 3.804876624e-05f;
     p = p * u + 2.848304100e-04f;
     q = q * u + 1.163691765e-03f;
@@ -59,7 +50,8 @@ struct Normal<float, W> {
     q = q * u + 5.022270381e-01f;
     p = p * u + 1.128379146e+00f;
     q = q * u + 1.0f;
-    return x * p / q;
+    const Vector value = x * p / q;
+    return x > end ? one : (x < -end ? -one : value);
   }
 
   // 2^k 2^f with |f| <= 1/2; 2^f by its Taylor series, 7 terms past the constant one: 5e-9.
@@ -117,11 +109,11 @@ inline T norms(const T* sums, int64_t channels, T eps, T* norm) {
 
 }  // namespace
 
-// h += bias; a = GELU(h); sums = its squares summed over positions; scale = GRN's factor 1 + gamma norm / (mean norm +
-// eps). Unless beta is null, a = a · scale + beta.
+// a = GELU(h + bias), and its slope there in place of h; sums = the squares of a summed over positions; scale = GRN's
+// factor 1 + gamma norm / (mean norm + eps). Unless `product` is null, product = a · scale + beta.
 extern "C" void fcmae_activate(int64_t images, int64_t positions, int64_t channels, REAL* h, const REAL* bias,
-                               const REAL* gamma, const REAL* beta, double eps, REAL* a, REAL* sums, REAL* scale,
-                               int64_t threads) {
+                               const REAL* gamma, const REAL* beta, double eps, REAL* a, REAL* product, REAL* sums,
+                               REAL* scale, int64_t threads) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
     for_ranges(images, channels, threads, [&](int64_t image, int64_t begin, int64_t end) {
@@ -129,8 +121,8 @@ extern "C" void fcmae_activate(int64_t images, int64_t positions, int64_t channe
       for_positions<REAL>(image, positions, channels, begin, end, [&]<int W, bool ALL>(int64_t at, int64_t k, int64_t n) {
         using A = Access<REAL, W, ALL>;
         const auto x = A::load(h + at, n) + A::load(bias + k - image * channels, n);
-        const auto value = x * Normal<REAL, W>::distribution(x);
-        A::store(h + at, x, n);
+        const auto distribution = Normal<REAL, W>::distribution(x), value = x * distribution;
+        A::store(h + at, distribution + x * Normal<REAL, W>::density(x), n);
         A::store(sums + k, A::load(sums + k, n) + value * value, n);
         A::store(a + at, value, n);
       });
@@ -141,32 +133,16 @@ extern "C" void fcmae_activate(int64_t images, int64_t positions, int64_t channe
       const REAL mean = norms(sums + image * channels, channels, static_cast<REAL>(eps), s);
       for (int64_t k = 0; k < channels; ++k) s[k] = 1 + gamma[k] * (s[k] / mean);
     }
-    if (beta)
+    if (product)
       for_ranges(images, channels, threads, [&](int64_t image, int64_t begin, int64_t end) {
-        for_positions<REAL>(image, positions, channels, begin, end,
-                            [&]<int W, bool ALL>(int64_t at, int64_t k, int64_t n) {
-                              using A = Access<REAL, W, ALL>;
-                              const auto offset = A::load(beta + k - image * channels, n);
-                              A::store(a + at, A::load(a + at, n) * A::load(scale + k, n) + offset, n);
-                            });
+        for_positions<REAL>(
+            image, positions, channels, begin, end, [&]<int W, bool ALL>(int64_t at, int64_t k, int64_t n) {
+              using A = Access<REAL, W, ALL>;
+              const auto scaled = A::load(a + at, n) * A::load(scale + k, n);
+              A::store(product + at, scaled + A::load(beta + k - image * channels, n), n);
+            });
       });
   }
-}
-
-// a = GELU(h) and, unless `product` is null, product = a · scale + beta.
-extern "C" void fcmae_reactivate(int64_t images, int64_t positions, int64_t channels, const REAL* h, const REAL* scale,
-                                 const REAL* beta, REAL* a, REAL* product, int64_t threads) {
-#pragma omp parallel num_threads(static_cast<int>(threads))
-  for_ranges(images, channels, threads, [&](int64_t image, int64_t begin, int64_t end) {
-    for_positions<REAL>(image, positions, channels, begin, end, [&]<int W, bool ALL>(int64_t at, int64_t k, int64_t n) {
-      using A = Access<REAL, W, ALL>;
-      const auto x = A::load(h + at, n);
-      const auto value = x * Normal<REAL, W>::distribution(x);
-      A::store(a + at, value, n);
-      if (!product) return;
-      A::store(product + at, value * A::load(scale + k, n) + A::load(beta + k - image * channels, n), n);
-    });
-  });
 }
 
 // From the gradients g (B, C, K) of each image's own weight w · scale, w (C, K): adds to w's gradient, gives scale's, and
@@ -202,7 +178,7 @@ extern "C" void fcmae_unfold(int64_t images, int64_t width, int64_t channels, RE
 
 // The gradient of h, in place of that of a · scale (or of a, where `scale` is null and grad_scale given), and per image
 // the gradients of gamma and of fc1's bias, (B, K). `own` (B, K) is workspace.
-extern "C" void fcmae_activation_gradient(int64_t images, int64_t positions, int64_t channels, const REAL* h,
+extern "C" void fcmae_activation_gradient(int64_t images, int64_t positions, int64_t channels, const REAL* slope,
                                           const REAL* a, const REAL* scale, const REAL* sums, const REAL* gamma,
                                           double eps, REAL* grad, REAL* grad_scale, REAL* grad_gamma, REAL* grad_bias,
                                           REAL* own, int64_t threads) {
@@ -237,10 +213,9 @@ extern "C" void fcmae_activation_gradient(int64_t images, int64_t positions, int
       std::fill(grad_bias + image * channels + begin, grad_bias + image * channels + end, REAL(0));
       for_positions<REAL>(image, positions, channels, begin, end, [&]<int W, bool ALL>(int64_t at, int64_t k, int64_t n) {
         using A = Access<REAL, W, ALL>;
-        const auto x = A::load(h + at, n), value = A::load(a + at, n);
         auto g = A::load(grad + at, n);
         if (scale) g *= A::load(scale + k, n);
-        g = (g + value * A::load(own + k, n)) * Normal<REAL, W>::slope(x, value);
+        g = (g + A::load(a + at, n) * A::load(own + k, n)) * A::load(slope + at, n);
         A::store(grad_bias + k, A::load(grad_bias + k, n) + g, n);
         A::store(grad + at, g, n);
       });

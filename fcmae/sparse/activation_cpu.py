@@ -17,15 +17,11 @@ def supports(x: Tensor) -> bool:
 
 
 def activate(
-    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, out: Tensor
+    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, out: Tensor, product: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     sums, scale = (h.new_empty(h.shape[0], h.shape[2]) for _ in range(2))
-    _call("fcmae_activate", h, *h.shape, h, bias, gamma, beta, eps, out, sums, scale)
+    _call("fcmae_activate", h, *h.shape, h, bias, gamma, beta, eps, out, product, sums, scale)
     return sums, scale
-
-
-def reactivate(h: Tensor, scale: Tensor, beta: Tensor, out: Tensor, product: Tensor | None) -> None:
-    _call("fcmae_reactivate", h, *h.shape, h, scale, beta, out, product)
 
 
 def unfold(grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor) -> Tensor:
@@ -35,7 +31,7 @@ def unfold(grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor) -> 
 
 
 def activation_gradient(
-    h: Tensor,
+    slope: Tensor,
     a: Tensor,
     scale: Tensor | None,
     sums: Tensor,
@@ -48,7 +44,7 @@ def activation_gradient(
         grad_scale = torch.empty_like(sums)
     results = torch.empty(3, *sums.shape, dtype=a.dtype)  # of gamma and bias per image, and workspace
     _call(
-        "fcmae_activation_gradient", h, *h.shape, h, a, scale, sums, gamma, eps, grad, grad_scale, *results.unbind()
+        "fcmae_activation_gradient", a, *a.shape, slope, a, scale, sums, gamma, eps, grad, grad_scale, *results.unbind()
     )  # fmt: skip
     grad_gamma, grad_bias = results[:2].sum(dim=1)
     return grad_gamma, grad_bias

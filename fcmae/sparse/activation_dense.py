@@ -1,8 +1,8 @@
 """GELU and response normalisation between the two products of a block, in plain PyTorch: any device, any type.
 
-B images, N positions per image, C channels, K hidden channels. `h` (B, N, K) is fc1's result, at first without its
-bias, `sums` (B, K) its GELU's squares summed over positions, `scale` (B, K) GRN's factor; statistics are float32 or
-wider. Results go to buffers that the caller gives, so that they can be used again.
+B images, N positions per image, C channels, K hidden channels. `a` (B, N, K) is GELU's result and `slope` its
+derivative there, `sums` (B, K) the squares of `a` summed over positions, `scale` (B, K) GRN's factor; statistics are
+float32 or wider.
 """
 
 from __future__ import annotations
@@ -14,23 +14,20 @@ from fcmae.sparse.response import response_scale, response_scale_backward, stati
 
 
 def activate(
-    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, out: Tensor
+    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, out: Tensor, product: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Adds `bias` (K,) to `h`; `out` = GELU(h), with `beta` (K,) times the factor plus beta; returns (sums, scale)."""
+    """`out` = GELU(h + bias), its slope in place of `h`, `product` = `out` times the factor plus beta, if it is wanted.
+
+    bias, gamma, beta: (K,). Returns (sums, scale).
+    """
     h += bias
     torch.ops.aten.gelu.out(h, out=out)
+    torch.ops.aten.gelu_backward.grad_input(torch.ones_like(h), h, grad_input=h)
     sums = out.to(statistics_dtype(h.dtype)).square().sum(dim=1)
     scale = response_scale(sums, gamma, eps)
-    if beta is not None:
-        torch.addcmul(beta.to(h.dtype), out, scale.to(h.dtype).unsqueeze(1), out=out)
-    return sums, scale
-
-
-def reactivate(h: Tensor, scale: Tensor, beta: Tensor, out: Tensor, product: Tensor | None) -> None:
-    """`out` = GELU(h) and `product` = GELU(h) times the factor plus beta."""
-    torch.ops.aten.gelu.out(h, out=out)
     if product is not None:
         torch.addcmul(beta.to(h.dtype), out, scale.to(h.dtype).unsqueeze(1), out=product)
+    return sums, scale
 
 
 def unfold(grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor) -> Tensor:
@@ -46,7 +43,7 @@ def unfold(grad: Tensor, weight: Tensor, scale: Tensor, grad_weight: Tensor) -> 
 
 
 def activation_gradient(
-    h: Tensor,
+    slope: Tensor,
     a: Tensor,
     scale: Tensor | None,
     sums: Tensor,
@@ -55,10 +52,9 @@ def activation_gradient(
     grad: Tensor,
     grad_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `h`, in place of `grad`; returns those of gamma and of fc1's bias, (K,).
+    """GELU's input gradient, in place of `grad`; returns those of gamma and of fc1's bias, (K,).
 
     Args:
-        a: GELU(h).
         grad: that of a times `scale`; or, where the factor was folded into the weights and `scale` is None, that of a,
             `grad_scale` (B, K) being the factor's.
     """
@@ -68,6 +64,5 @@ def activation_gradient(
         grad.mul_(scale.to(a.dtype).unsqueeze(1))
     assert grad_scale is not None
     own, grad_gamma = response_scale_backward(grad_scale, sums, gamma, eps)
-    grad.addcmul_(a, own.to(a.dtype).unsqueeze(1))
-    torch.ops.aten.gelu_backward.grad_input(grad, h, grad_input=grad)
+    grad.addcmul_(a, own.to(a.dtype).unsqueeze(1)).mul_(slope)
     return grad_gamma.sum(dim=0), grad.sum(dim=(0, 1), dtype=wide)

@@ -1,9 +1,10 @@
 """The pointwise half of a ConvNeXt V2 block as one autograd function: LayerNorm, fc1, GELU, GRN, fc2 and the residual.
 
 B images, N positions per image, C channels, K = 4C hidden channels. Written out as separate layers, the step spends
-half its time in element-wise passes over (B, N, K) and keeps four such tensors for the backward pass. Here one is kept,
-the input of GELU; everything else of that size lives in buffers of a few images that stay in the cache, and what lies
-between the products is a pass or two (`activation_cpu.py`; `activation_dense.py` where that cannot be had).
+half its time in element-wise passes over (B, N, K) and keeps four such tensors for the backward pass. Here two are
+kept, GELU's result and its slope, so that nothing is computed twice; everything else of that size lives in buffers of a
+few images that stay in the cache, and what lies between the products is a pass or two (`activation_cpu.py`;
+`activation_dense.py` where that cannot be had).
 
 GRN multiplies each hidden channel of an image by a factor s (B, K) and adds beta. Behind it comes a linear layer, so
 
@@ -73,38 +74,40 @@ class _ResponseMLP(torch.autograd.Function):
         gamma_wide, beta_wide = gamma.to(wide), beta.to(wide)
         bias2 = torch.addmv(b2.to(wide), w2.to(wide), beta_wide) if fold else b2.to(wide)
         norm_args = [channels], norm_weight.to(wide), norm_bias.to(wide), norm_eps
-        out = torch.empty_like(shortcut)
-        h = torch.empty(batch, positions, hidden, dtype=dtype, device=x.device)
-        module = activation_cpu if activation_cpu.supports(h) else activation_dense
+        out = torch.empty(shortcut.shape, dtype=shortcut.dtype, device=x.device)
+        a, slope = (torch.empty(batch, positions, hidden, dtype=dtype, device=x.device) for _ in range(2))
+        module = activation_cpu if activation_cpu.supports(a) else activation_dense
         buffer: Tensor | None = None
         statistics: list[tuple[Tensor, ...]] = []
-        for images in _chunks(batch, h[0].nbytes, x.device):
+        for images in _chunks(batch, a[0].nbytes, x.device):
             y, *of_norm = torch.native_layer_norm(x[images].to(wide), *norm_args)
-            part, result = h[images], out[images]
-            torch.mm(y.to(dtype).view(-1, channels), weight1.t(), out=part.view(-1, hidden))
-            buffer = torch.empty_like(part) if buffer is None else buffer
-            a = buffer[: len(part)]
-            sums, scale = module.activate(part, bias1, gamma_wide, None if fold else beta_wide, eps, a)
+            part, h, result = a[images], slope[images], out[images]
+            torch.mm(y.to(dtype).view(-1, channels), weight1.t(), out=h.view(-1, hidden))
+            if not fold:
+                buffer = torch.empty_like(part) if buffer is None else buffer[: len(part)]
+            sums, scale = module.activate(h, bias1, gamma_wide, beta_wide, eps, part, buffer)  # h becomes the slope
             statistics.append((sums, scale, *of_norm))
             torch.add(shortcut[images], bias2, out=result)
-            if fold:
+            if buffer is None:
                 weights = (weight2 * scale.to(dtype).unsqueeze(1)).transpose(1, 2)
-                result.baddbmm_(a, weights) if result.dtype == dtype else result.add_(torch.bmm(a, weights))
+                result.baddbmm_(part, weights) if result.dtype == dtype else result.add_(torch.bmm(part, weights))
             else:
-                flat = result.view(-1, channels), a.view(-1, hidden)
-                flat[0].addmm_(flat[1], weight2.t()) if result.dtype == dtype else flat[0].add_(flat[1] @ weight2.t())
+                left, right, result = buffer.view(-1, hidden), weight2.t(), result.view(-1, channels)
+                result.addmm_(left, right) if result.dtype == dtype else result.add_(left @ right)
         saved = (_joined(list(parts)) for parts in zip(*statistics, strict=True))
-        ctx.save_for_backward(x, h, *saved, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
+        ctx.save_for_backward(x, a, slope, *saved, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
         ctx.settings = norm_eps, eps, fold, module
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, h, sums, scales, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = ctx.saved_tensors
+        x, a, slope, sums, scales, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = (
+            ctx.saved_tensors
+        )
         norm_eps, eps, fold, module = ctx.settings
         channels = x.shape[-1]
-        dtype, wide, hidden = h.dtype, sums.dtype, h.shape[-1]
+        dtype, wide, hidden = a.dtype, sums.dtype, a.shape[-1]
         weight1, weight2 = w1.to(dtype), w2.to(dtype).contiguous()
         norm_args, gamma_wide, beta_wide = (norm_weight.to(wide), norm_bias.to(wide)), gamma.to(wide), beta.to(wide)
         total = _Sums(wide)
@@ -112,24 +115,24 @@ class _ResponseMLP(torch.autograd.Function):
             total.add(w2=torch.zeros(w2.shape, dtype=wide, device=x.device))
         grads_x: list[Tensor] = []
         buffers: list[Tensor] = []
-        for images in _chunks(len(x), h[0].nbytes, x.device):
-            part, scale = h[images], scales[images]
+        for images in _chunks(len(x), a[0].nbytes, x.device):
+            part, scale = a[images], scales[images]
             if not buffers:
-                buffers = [torch.empty_like(part) for _ in range(2 if fold else 3)]
-            a, grad_h, *product = (buffer[: len(part)] for buffer in buffers)
+                buffers = [torch.empty_like(part) for _ in range(1 if fold else 2)]
+            grad_h, *product = (buffer[: len(part)] for buffer in buffers)
             grad_part = grad[images].to(dtype).contiguous()
             # Through fc2 and GRN's factor.
-            module.reactivate(part, scale, beta_wide, a, None if fold else product[0])
             if fold:
-                weights = torch.bmm(grad_part.transpose(1, 2), a)  # its gradients first, then each image's weight
+                weights = torch.bmm(grad_part.transpose(1, 2), part)  # its gradients first, then each image's weight
                 grad_scale = module.unfold(weights, weight2, scale, total.totals["w2"])
                 torch.bmm(grad_part, weights, out=grad_h)
             else:
                 grad_scale, flat = None, grad_part.view(-1, channels)
+                torch.addcmul(beta_wide.to(dtype), part, scale.to(dtype).unsqueeze(1), out=product[0])
                 total.add_product("w2", flat.t(), product[0].view(-1, hidden))
                 torch.mm(flat, weight2, out=grad_h.view(-1, hidden))
             grad_gamma, grad_b1 = module.activation_gradient(
-                part, a, None if fold else scale, sums[images], gamma_wide, eps, grad_h, grad_scale
+                slope[images], part, None if fold else scale, sums[images], gamma_wide, eps, grad_h, grad_scale
             )  # fmt: skip
             # Through fc1 and the norm.
             x_part, grad_h = x[images].to(wide), grad_h.view(-1, hidden)

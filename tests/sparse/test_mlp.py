@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models import relative, small_model
 from timm.layers import DropPath
 
-from fcmae.sparse import mlp
+from fcmae.sparse import activation_cpu, mlp
 from fcmae.sparse.mlp import response_mlp
 from fcmae.sparse.response import response_norms, response_scale, response_scale_backward
 
@@ -43,6 +43,7 @@ def fused(*arguments):
     return response_mlp(*arguments, norm_eps=1e-6, eps=1e-6)
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["C++", "PyTorch"])
 @given(
     batch=st.integers(1, 5),
     positions=st.integers(1, 40),
@@ -50,11 +51,14 @@ def fused(*arguments):
     chunk=st.sampled_from([1, 2000, 1 << 20]),
 )
 @settings(max_examples=60, deadline=None)
-def test_equals_the_layers_written_out(batch, positions, channels, chunk):
+def test_equals_the_layers_written_out(native, batch, positions, channels, chunk):
     arguments = inputs(batch, positions, channels, seed=batch * 1000 + positions * 10 + channels)
     seed = torch.randn(batch, positions, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlp, "CHUNK_BYTES", chunk)
+        if not native:
+            patch.setattr(activation_cpu, "supports", lambda x: False)
+        assert activation_cpu.supports(arguments[0]) == native
         actual = with_gradients(fused, arguments, seed)
     for got, expected in zip(actual, with_gradients(reference, arguments, seed), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
@@ -72,6 +76,45 @@ def test_a_channel_of_zeros_has_finite_gradients(positions):
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert gradients[6][7] == 0  # nothing reaches the bias of a channel that has underflowed
     assert gradients[7][3] == 0  # gamma of a channel without response
+
+
+def test_float32_is_as_good_as_the_type():
+    # GELU over its whole range: the polynomials of the C++ against float64.
+    h = torch.linspace(-12, 12, 40_000).view(1, 100, 400)
+    zeros, ones = torch.zeros(400), torch.ones(400)
+    wide = h.double().requires_grad_()
+    value = F.gelu(wide)
+    (slope,) = torch.autograd.grad(value.sum(), wide)
+    out, slopes = torch.empty_like(h), h.clone()
+    assert activation_cpu.supports(h)
+    sums, scale = activation_cpu.activate(slopes, zeros, ones, zeros, 1e-6, out, None)
+    rounding = torch.finfo(torch.float32).eps * h.abs().clamp_min(1)  # of 1 + erf, times the input
+    assert ((out - value).abs() / rounding).max() < 3
+    assert ((slopes - slope).abs() / rounding).max() < 3
+    assert not out[h < -6].any()  # as torch's does, it underflows to zero
+    torch.testing.assert_close(sums, value.square().sum(dim=1).float())
+    torch.testing.assert_close(scale, response_scale(sums, ones, 1e-6))
+    nan = torch.full((1, 1, 16), torch.nan)
+    activation_cpu.activate(nan, zeros[:16], ones[:16], zeros[:16], 1e-6, torch.zeros_like(nan), None)
+    assert nan.isnan().all()
+
+
+def test_same_bits_on_any_number_of_threads():
+    arguments = inputs(3, 40, 40, dtype=torch.float32)
+    seed = torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(1))
+    threads, results = torch.get_num_threads(), []
+    h = torch.randn(3, 40, 160, generator=torch.Generator().manual_seed(2))
+    gamma, beta = arguments[6].detach(), arguments[7].detach()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            slope, a, product, grad = h.clone(), torch.empty_like(h), torch.empty_like(h), seed.repeat(1, 1, 4)
+            sums, scale = activation_cpu.activate(slope, beta, gamma, beta, 1e-6, a, product)
+            added = activation_cpu.activation_gradient(slope, a, scale, sums, gamma, 1e-6, grad, None)
+            results.append((slope, a, product, sums, scale, grad, *added))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_any_number_of_leading_axes():
