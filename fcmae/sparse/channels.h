@@ -1,9 +1,18 @@
-// Vectors over neighbouring channels, for the compilers' own vector types (GCC, Clang): any width, any processor.
+// Vectors over neighbouring channels, in the compilers' own vector types (GCC, Clang).
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+// Of a vector register. Wider vectors would be split, and spilled: the kernels count on 16 registers.
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
 
 template <typename T, int W>
 struct Channels {
@@ -22,10 +31,10 @@ struct Access {
   static inline void store(T* to, const Vector& v, int64_t n) { std::memcpy(to, &v, ALL ? sizeof v : n * sizeof(T)); }
 };
 
-// Calls run<W, ALL>(channel, n) over channels [begin, end), in vectors of 64 bytes and, at the end, of 32.
+// Calls run<W, ALL>(channel, n) over channels [begin, end), in whole vectors and, at the end, a half or a partial one.
 template <typename T, typename Run>
 inline void for_channels(int64_t begin, int64_t end, Run run) {
-  constexpr int W = 64 / sizeof(T), H = W / 2;
+  constexpr int W = VECTOR_BYTES / sizeof(T), H = W / 2;
   int64_t c = begin;
   for (; c + W <= end; c += W) run.template operator()<W, true>(c, W);
   const int64_t rest = end - c;

@@ -104,12 +104,13 @@ def _gradients(ctx, grad: Tensor, input_gradient: Callable, weight_gradient: Cal
     grad = grad.contiguous()
     needs_tiles, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_tiles = grad_weight = grad_bias = None
-    if needs_tiles:
-        grad_tiles = input_gradient(grad, weight, visible, slots, *ctx.grid)
-    if needs_weight or needs_bias:
-        grad_weight, grad_bias = weight_gradient(tiles, grad, visible, slots, *ctx.grid, weight.shape[-1])
-        grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
-        grad_bias = grad_bias.to(ctx.bias_dtype) if needs_bias else None
+    with torch.autocast(grad.device.type, enabled=False):  # backward may be called under it
+        if needs_tiles:
+            grad_tiles = input_gradient(grad, weight, visible, slots, *ctx.grid)
+        if needs_weight or needs_bias:
+            of_weight, of_bias = weight_gradient(tiles, grad, visible, slots, *ctx.grid, weight.shape[-1])
+            grad_weight = of_weight.to(weight.dtype) if needs_weight else None
+            grad_bias = of_bias.to(ctx.bias_dtype) if needs_bias else None
     return grad_tiles, grad_weight, grad_bias, None, None, None, None
 
 

@@ -162,12 +162,17 @@ void convolve(const Shape& s, const T* tiles, const T* weight, const T* bias, T*
 template <typename T, int S>
 void accumulate(const Shape& s, const T* tiles, const T* grad, T* sums, int64_t runs, int threads) {
   const int64_t total = s.batch * s.count, image_size = s.count * s.side * s.side * s.channels;
+  // Channels are shared out as well where there are few runs, in whole vectors.
+  const int64_t parts = std::min<int64_t>((2 * threads + runs - 1) / runs, (s.channels + 63) / 64);
+  const int64_t width = ((s.channels + parts - 1) / parts + 15) / 16 * 16;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t run = 0; run < runs; ++run) {
+  for (int64_t item = 0; item < runs * parts; ++item) {
+    const int64_t run = item / parts, begin = std::min(item % parts * width, s.channels);
+    const int64_t end = std::min(begin + width, s.channels);
     T* sum = sums + run * (K * K + 1) * s.channels;
     for_cells<S>(s, total * run / runs, total * (run + 1) / runs, [&](int64_t image, int64_t at, const auto& near) {
       const int64_t first = image * image_size;
-      for_channels<T>(0, s.channels, [&]<int W, bool ALL>(int64_t c, int64_t n) {
+      for_channels<T>(begin, end, [&]<int W, bool ALL>(int64_t c, int64_t n) {
         accumulate_cell<T, W, ALL, S>(s, tiles + first + c, grad + first + at + c, sum + c,
                                       sum + K * K * s.channels + c, near, n);
       });

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import GELU
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
@@ -70,7 +71,14 @@ def adopt_blocks(module: nn.Module) -> None:
         if type(child) is ConvNeXtBlock:
             if child.gamma is not None or not hasattr(child.mlp, "grn"):
                 raise ValueError("a layout needs ConvNeXt V2 blocks: with response normalisation, without layer scale")
+            if not is_gelu(child.mlp.act):
+                raise ValueError(f"a layout needs blocks with exact GELU, as published; these have {child.mlp.act}")
             child.__class__ = Block
+
+
+def is_gelu(act: nn.Module) -> bool:
+    """Whether an activation is the exact GELU, of torch or timm."""
+    return isinstance(act, nn.GELU | GELU) and getattr(act, "approximate", "none") == "none"
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:

@@ -70,8 +70,12 @@ class _ResponseMLP(torch.autograd.Function):
         hidden = w1.shape[0]
         wide = statistics_dtype(dtype)
         fold = positions >= 2 * channels
-        weight1, bias1, weight2 = w1.to(dtype), b1.to(dtype), w2.to(dtype)
-        gamma_wide, beta_wide = gamma.to(wide), beta.to(wide)
+        weight1, weight2 = w1.to(dtype), w2.to(dtype)
+        bias1, gamma_wide, beta_wide = (
+            b1.to(dtype).contiguous(),
+            gamma.to(wide).contiguous(),
+            beta.to(wide).contiguous(),
+        )
         bias2 = torch.addmv(b2.to(wide), w2.to(wide), beta_wide) if fold else b2.to(wide)
         norm_args = [channels], norm_weight.to(wide), norm_bias.to(wide), norm_eps
         out = torch.empty(shortcut.shape, dtype=shortcut.dtype, device=x.device)
@@ -102,6 +106,11 @@ class _ResponseMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):  # backward may be called under it
+            return _ResponseMLP.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad):
         x, a, slope, sums, scales, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = (
             ctx.saved_tensors
         )
@@ -109,7 +118,8 @@ class _ResponseMLP(torch.autograd.Function):
         channels = x.shape[-1]
         dtype, wide, hidden = a.dtype, sums.dtype, a.shape[-1]
         weight1, weight2 = w1.to(dtype), w2.to(dtype).contiguous()
-        norm_args, gamma_wide, beta_wide = (norm_weight.to(wide), norm_bias.to(wide)), gamma.to(wide), beta.to(wide)
+        norm_args = norm_weight.to(wide), norm_bias.to(wide)
+        gamma_wide, beta_wide = gamma.to(wide).contiguous(), beta.to(wide).contiguous()
         total = _Sums(wide)
         if fold:
             total.add(w2=torch.zeros(w2.shape, dtype=wide, device=x.device))

@@ -1,11 +1,12 @@
 """C++ for the CPU, built on first use with the machine's own compiler and kept.
 
 The sources lie beside this file and have a plain C interface, so that a build takes seconds and fits every version of
-torch. Where there is no compiler the callers go on in plain PyTorch, and one warning says so.
+torch. Where there is no compiler the callers go on in plain PyTorch, and a warning says so.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -26,26 +27,41 @@ REALS = {torch.float32: "float", torch.float64: "double"}
 
 
 @functools.cache
+def _compiler() -> tuple[str, ...]:
+    """The command of a C++ compiler; empty, after a warning, where there is none."""
+    command = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")
+    if not command:
+        _warn("no C++ compiler (c++, g++ or clang++) found")
+    return tuple(command.split())
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"the packed layout runs in plain PyTorch on the CPU, which is slower: {reason}", stacklevel=3)
+
+
+@functools.cache
 def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     """The library built from `<name>.cpp` for float32 or float64, or None (after a warning) if that is impossible.
 
     It is kept in `$XDG_CACHE_HOME/fcmae/native` (`~/.cache/fcmae/native`), under a name that depends on sources,
-    compiler and processor, so a home directory may be shared by different machines.
+    compiler and processor, so a home directory may be shared by different machines; in a temporary folder where that
+    cannot be written.
     """
+    if not _compiler():
+        return None
     source = Path(__file__).with_name(f"{name}.cpp")
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    contents = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    command = [*_compiler(), *_FLAGS, f"-DREAL={REALS[dtype]}", str(source), "-o"]
     try:
-        if compiler is None:
-            raise FileNotFoundError("no C++ compiler (c++, g++ or clang++) found")
-        command = [*compiler.split(), *_FLAGS, f"-DREAL={REALS[dtype]}", str(source), "-o"]
-        headers = sorted(source.parent.glob("*.h"))
-        contents = b"".join(path.read_bytes() for path in (source, *headers))
-        return ctypes.CDLL(str(_build(command, name, contents)))
+        key = hashlib.sha256(
+            b"\0".join([" ".join(command).encode(), contents, _version().encode(), _processor().encode()])
+        )
+        return ctypes.CDLL(str(_built(f"{name}-{key.hexdigest()[:16]}.so", command)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         lines = [line for line in detail.splitlines() if line.strip()]
         reason = next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
-        warnings.warn(f"{name} runs in plain PyTorch, which is slower: {reason}", stacklevel=2)
+        _warn(f"{name}.cpp: {reason}")
         return None
 
 
@@ -57,8 +73,8 @@ def call(name: str, dtype: torch.dtype, function: str, *arguments: Tensor | floa
     converted: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
-            assert argument.is_contiguous()
-            assert argument.dtype == dtype or not argument.is_floating_point()
+            if not argument.is_contiguous() or (argument.is_floating_point() and argument.dtype != dtype):
+                raise ValueError(f"{function}: tensors must be contiguous {dtype}; got strides {argument.stride()}")
             converted.append(ctypes.c_void_p(argument.data_ptr()))
         elif argument is None:
             converted.append(ctypes.c_void_p(None))
@@ -69,20 +85,35 @@ def call(name: str, dtype: torch.dtype, function: str, *arguments: Tensor | floa
     getattr(library(name, dtype), function)(*converted, ctypes.c_int64(torch.get_num_threads()))
 
 
-def _build(command: list[str], name: str, contents: bytes) -> Path:
-    """Run the compiler unless the cache has what it would make."""
-    version = subprocess.run([*command[:1], "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(b"\0".join([" ".join(command).encode(), contents, version, _processor().encode()]))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae" / "native"
-    built = cache / f"{name}-{key.hexdigest()[:16]}.so"
-    if not built.exists():
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, check=True, text=True, errors="replace", timeout=300)
+    return done.stdout
+
+
+def _version() -> str:
+    return _run(*_compiler(), "--version")
+
+
+def _built(name: str, command: list[str]) -> Path:
+    """The library `name`, made by `command` (to which its path is added) unless the cache has it."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae" / "native"
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            # Beside its final name and renamed: several processes may be building the same.
-            unfinished = Path(folder) / built.name
-            subprocess.run([*command, str(unfinished)], capture_output=True, check=True, text=True)
-            unfinished.replace(built)
-    return built
+        if (cache / name).exists():
+            return cache / name
+        folder = Path(tempfile.mkdtemp(dir=cache))
+    except (OSError, RuntimeError):  # not writable, or no home at all
+        cache, folder = None, Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        _run(*command, str(folder / name))
+        if cache is None:
+            return folder / name
+        # Beside its final name and renamed: several processes may be building the same.
+        return (folder / name).replace(cache / name)
+    finally:
+        if cache is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _processor() -> str:

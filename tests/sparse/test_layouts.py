@@ -8,6 +8,7 @@ import torch
 from models import CASES, loss_and_gradients, randomise, relative, small_model
 
 from fcmae.model import create_model
+from fcmae.sparse.encoder import adopt_blocks
 from fcmae.sparse.masked import DenseLayout, MaskedLayout
 from fcmae.sparse.packed import PackedLayout
 from fcmae.sparse.response import response_scale
@@ -228,3 +229,10 @@ def test_compiled_block_equals_eager():
     assert relative(actual.loss, expected.loss) < 1e-5
     for name, gradient in gradients.items():
         assert relative(actual_gradients[name], gradient) < 1e-4, name
+
+
+def test_another_activation_is_refused():
+    with pytest.raises(ValueError, match="needs blocks with exact GELU, as published; these have SiLU"):
+        adopt_blocks(timm.create_model("convnextv2_atto", act_layer="silu"))
+    with pytest.raises(ValueError, match="needs ConvNeXt V2 blocks"):
+        adopt_blocks(timm.create_model("convnext_atto"))

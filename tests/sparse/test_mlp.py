@@ -141,6 +141,23 @@ def test_bfloat16_autocast(positions):
         assert relative(got.double(), want) < 2e-2
 
 
+@pytest.mark.parametrize("positions", [3, 50])
+def test_backward_under_autocast_is_that_of_the_forward_pass(positions):
+    arguments = inputs(2, positions, 4, dtype=torch.float32)
+    seed = torch.ones(2, positions, 4)
+    expected = with_gradients(fused, arguments, seed)[1:]
+    out = fused(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(out, arguments, seed)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_strided_parameters():
+    arguments = inputs(2, 6, 4)
+    strided = [x if x.ndim != 1 else torch.stack([x, x], dim=1)[:, 0] for x in arguments]
+    torch.testing.assert_close(fused(*strided), fused(*arguments))
+
+
 def test_float64_gradients_numerically():
     assert torch.autograd.gradcheck(fused, inputs(2, 2, 2))
     assert torch.autograd.gradcheck(fused, inputs(1, 5, 1))
