@@ -7,6 +7,8 @@ channels-last features `(..., C)`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from timm.layers import GELU
@@ -14,32 +16,32 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 
-class Layout:
+class Layout(ABC):
     """The operations that depend on how visible positions are stored; features are the layout's own, `(..., C)`."""
 
+    @abstractmethod
     def embed(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
         """Stem convolution (kernel = stride) of the visible patches of (B, C, H, W) images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """Depthwise convolution in which removed positions count as zero."""
-        raise NotImplementedError
 
+    @abstractmethod
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """Strided convolution (kernel = stride); never leaves a tile."""
-        raise NotImplementedError
 
+    @abstractmethod
     def response_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Global response normalisation (paper section 4) over the visible positions of each image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop_path(self, x: Tensor, drop: nn.Module) -> Tensor:
         """Stochastic depth: drops the branch of whole images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather(self, x: Tensor) -> Tensor:
         """Features as visible tiles (B, V, T, T, C)."""
-        raise NotImplementedError
 
     def pointwise(self, x: Tensor, shortcut: Tensor, block: ConvNeXtBlock) -> Tensor:
         """The rest of a block behind its depthwise convolution: LayerNorm, fc1, GELU, GRN, fc2 and the residual."""

@@ -90,6 +90,7 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
+@functools.cache
 def _version() -> str:
     return _run(*_compiler(), "--version")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timm.layers import DropPath
 
 from fcmae.model import create_model
 
@@ -34,6 +35,26 @@ def loss_and_gradients(model, images, visible, layout):
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+def drop_half_of_the_images(model: torch.nn.Module) -> None:
+    """Stochastic depth at every block, at a rate at which it matters."""
+    for stage in model.encoder.stages:
+        for block in stage.blocks:
+            block.drop_path = DropPath(0.5)
+
+
+def assert_compiled_equals_eager(layout: str) -> None:
+    model = small_model(torch.float32, image_size=64, mask_ratio=0.5)
+    images, visible = torch.randn(2, 3, 64, 64), model.draw_visible(2)
+    expected, gradients = loss_and_gradients(model, images, visible, layout)
+    for stage in model.encoder.stages:
+        for block in stage.blocks:
+            block.compile(backend="aot_eager")
+    actual, actual_gradients = loss_and_gradients(model, images, visible, layout)
+    assert relative(actual.loss, expected.loss) < 1e-5
+    for name, gradient in gradients.items():
+        assert relative(actual_gradients[name], gradient) < 1e-4, name
 
 
 CASES = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from models import CASES, loss_and_gradients, randomise, relative, small_model
+from models import CASES, assert_compiled_equals_eager, loss_and_gradients, randomise, relative, small_model
 
 from fcmae.model import create_model
 from fcmae.sparse.encoder import adopt_blocks
@@ -219,16 +219,7 @@ def test_blocks_are_entered_as_modules_in_every_layout():
 
 
 def test_compiled_block_equals_eager():
-    model = small_model(torch.float32, image_size=64, mask_ratio=0.5)
-    images, visible = torch.randn(2, 3, 64, 64), model.draw_visible(2)
-    expected, gradients = loss_and_gradients(model, images, visible, "packed")
-    for stage in model.encoder.stages:
-        for block in stage.blocks:
-            block.compile(backend="aot_eager")
-    actual, actual_gradients = loss_and_gradients(model, images, visible, "packed")
-    assert relative(actual.loss, expected.loss) < 1e-5
-    for name, gradient in gradients.items():
-        assert relative(actual_gradients[name], gradient) < 1e-4, name
+    assert_compiled_equals_eager("packed")
 
 
 def test_another_activation_is_refused():

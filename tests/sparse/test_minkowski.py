@@ -11,8 +11,15 @@ import torch
 from conftest import run_module, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CASES, loss_and_gradients, randomise, relative, small_model
-from timm.layers import DropPath
+from models import (
+    CASES,
+    assert_compiled_equals_eager,
+    drop_half_of_the_images,
+    loss_and_gradients,
+    randomise,
+    relative,
+    small_model,
+)
 
 from fcmae import architecture
 from fcmae.errors import ConfigError
@@ -184,9 +191,7 @@ def test_bfloat16_autocast_stays_close_to_float64():
 @minkowski
 def test_drop_path_drops_the_same_images_and_the_generator_stays_in_step():
     model = small_model(image_size=64, patch_size=16, stem_stride=2)
-    for stage in model.encoder.stages:
-        for block in stage.blocks:
-            block.drop_path = DropPath(0.5)
+    drop_half_of_the_images(model)
     images, visible = torch.randn(5, 3, 64, 64, dtype=torch.float64), model.draw_visible(5)
     results = []
     for layout in ("masked", "minkowski"):
@@ -212,16 +217,7 @@ def test_same_bits_again_and_threads_left_alone():
 
 @minkowski
 def test_compiled_block_equals_eager():
-    model = small_model(torch.float32, image_size=64, mask_ratio=0.5)
-    images, visible = torch.randn(2, 3, 64, 64), model.draw_visible(2)
-    expected, gradients = loss_and_gradients(model, images, visible, "minkowski")
-    for stage in model.encoder.stages:
-        for block in stage.blocks:
-            block.compile(backend="aot_eager")
-    actual, actual_gradients = loss_and_gradients(model, images, visible, "minkowski")
-    assert relative(actual.loss, expected.loss) < 1e-5
-    for name, gradient in gradients.items():
-        assert relative(actual_gradients[name], gradient) < 1e-4, name
+    assert_compiled_equals_eager("minkowski")
 
 
 @minkowski

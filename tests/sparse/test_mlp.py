@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import relative, small_model
-from timm.layers import DropPath
+from models import drop_half_of_the_images, relative, small_model
 
 from fcmae.sparse import activation_cpu, mlp
 from fcmae.sparse.mlp import response_mlp
@@ -189,9 +188,7 @@ def test_backward_of_the_response_scale():
 
 def test_drop_path_drops_the_images_that_the_reference_drops():
     model = small_model(image_size=64, patch_size=16, stem_stride=2)
-    for stage in model.encoder.stages:
-        for block in stage.blocks:
-            block.drop_path = DropPath(0.5)
+    drop_half_of_the_images(model)
     images, visible = torch.randn(5, 3, 64, 64, dtype=torch.float64), model.draw_visible(5)
     results = []
     for layout in ("masked", "packed"):
