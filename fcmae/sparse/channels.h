@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 // Of a vector register. Wider vectors would be split, and spilled: the kernels count on 16 registers.
 #if defined(__AVX512F__)
@@ -29,6 +30,18 @@ struct Access {
     return v;
   }
   static inline void store(T* to, const Vector& v, int64_t n) { std::memcpy(to, &v, ALL ? sizeof v : n * sizeof(T)); }
+};
+
+// Zeros, beginning with a cache line: vectors across two lines load at half the speed, and threads that write beside each
+// other take lines from each other.
+template <typename T>
+class Zeros {
+  static constexpr size_t LINE = 64 / sizeof(T);
+  std::vector<T> memory;
+
+ public:
+  explicit Zeros(size_t size) : memory(size + LINE, T(0)) {}
+  T* data() { return memory.data() + (LINE - reinterpret_cast<uintptr_t>(memory.data()) / sizeof(T) % LINE) % LINE; }
 };
 
 // Calls run<W, ALL>(channel, n) over channels [begin, end), in whole vectors and, at the end, a half or a partial one.

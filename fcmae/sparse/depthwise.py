@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fcmae.sparse import depthwise_cpu, depthwise_dense
+from fcmae.sparse.autocast import outside_autocast
 from fcmae.sparse.tiles import TileIndex
 
 
@@ -104,7 +105,7 @@ def _gradients(ctx, grad: Tensor, input_gradient: Callable, weight_gradient: Cal
     grad = grad.contiguous()
     needs_tiles, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_tiles = grad_weight = grad_bias = None
-    with torch.autocast(grad.device.type, enabled=False):  # backward may be called under it
+    with outside_autocast(grad.device.type):
         if needs_tiles:
             grad_tiles = input_gradient(grad, weight, visible, slots, *ctx.grid)
         if needs_weight or needs_bias:

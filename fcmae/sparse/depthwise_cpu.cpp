@@ -9,6 +9,8 @@
 // 7 weights of a kernel row and one pixel live in registers: 16 vectors. Accumulation is in the type of the tiles.
 
 #include <algorithm>
+#include <type_traits>
+#include <vector>
 
 #include "channels.h"
 
@@ -30,29 +32,85 @@ struct Neighbours {
 
   Neighbours(const Shape& s, int64_t image, int64_t cell_y, int64_t cell_x) {
     const int64_t parts = s.side / S, row = s.side * s.channels;
+    // Patch and place in it along each axis, found once: divisions would take longer than the lookups.
+    int64_t patch_y[width], place_y[width], patch_x[width], place_x[width];
+    split(cell_y, parts, s.rows, patch_y, place_y);
+    split(cell_x, parts, s.columns, patch_x, place_x);
+    for (int i = 0; i < width; ++i)
+      for (int j = 0; j < width; ++j) {
+        offset[i][j] = -1;
+        if (patch_y[i] < 0 || patch_x[j] < 0) continue;
+        const int32_t slot = s.slots[(image * s.rows + patch_y[i]) * s.columns + patch_x[j]];
+        if (slot >= 0) offset[i][j] = (slot * s.side + place_y[i] * S) * row + place_x[j] * S * s.channels;
+      }
+  }
+
+  // Cells around `cell` along an axis of `patches` patches of `parts` cells: the patch (-1 outside), the place in it.
+  static inline void split(int64_t cell, int64_t parts, int64_t patches, int64_t* patch, int64_t* place) {
+    for (int i = 0; i < width; ++i) {
+      const int64_t at = cell + i - reach, quotient = parts == 1 ? at : at / parts;
+      patch[i] = at < 0 || at >= patches * parts ? -1 : quotient;
+      place[i] = at - quotient * parts;
+    }
+  }
+};
+
+// The products of every output of a small cell as lists, made once for all channels. In such cells most rows of taps have
+// a neighbour missing, and looking at each of them again for all channels would take longer than the products.
+template <int S>
+struct Lists {
+  struct Product {
+    int32_t input;  // offset from the first tile of the image
+    int32_t tap;    // offset in the weights
+  };
+  int size[S * S] = {};
+  Product products[S * S][K * K];
+
+  Lists(const Shape& s, const Neighbours<S>& near) {
+    constexpr int reach = Neighbours<S>::reach;
+    const int64_t pixel = s.channels, row = s.side * pixel;
     for (int dy = -reach; dy <= reach; ++dy)
       for (int dx = -reach; dx <= reach; ++dx) {
-        const int64_t y = cell_y + dy, x = cell_x + dx;
-        int64_t& at = offset[dy + reach][dx + reach];
-        at = -1;
-        if (y < 0 || x < 0 || y >= s.rows * parts || x >= s.columns * parts) continue;
-        const int32_t slot = s.slots[(image * s.rows + y / parts) * s.columns + x / parts];
-        if (slot >= 0) at = slot * s.side * row + y % parts * S * row + x % parts * S * s.channels;
+        const int64_t cell = near.offset[dy + reach][dx + reach];
+        if (cell < 0) continue;
+        for (int output = 0; output < S * S; ++output)
+          for (int input = 0; input < S * S; ++input) {
+            const int ky = dy * S + input / S - output / S + R, kx = dx * S + input % S - output % S + R;
+            if (ky < 0 || kx < 0 || ky >= K || kx >= K) continue;
+            products[output][size[output]++] = {static_cast<int32_t>(cell + input / S * row + input % S * pixel),
+                                                static_cast<int32_t>((ky * K + kx) * pixel)};
+          }
       }
   }
 };
 
-// Calls visit(image, offset of the cell from the first tile of its image, its neighbours) for every cell of some tiles.
+// A cell: its image's first tile and its own first position (offsets), and what is within reach of it.
+template <int S>
+struct Cell {
+  int64_t image, at;
+  std::conditional_t<(S <= 2), Lists<S>, Neighbours<S>> near;
+};
+
+// Calls visit(cells) for the cells of some tiles, a few tiles at a time: what belongs to one vector of channels of such a
+// group, weights above all, stays in the nearest cache if channels are the outer loop.
 template <int S, typename Visit>
-inline void for_cells(const Shape& s, int64_t begin, int64_t end, Visit visit) {
-  const int64_t parts = s.side / S, row = s.side * s.channels;
+inline void for_groups(const Shape& s, int64_t begin, int64_t end, Visit visit) {
+  constexpr int64_t group = 1 + 32 / (S * S);
+  const int64_t parts = s.side / S, row = s.side * s.channels, tile_size = s.side * row;
+  std::vector<Cell<S>> cells;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t image = tile / s.count, patch = s.visible[tile];
     for (int64_t py = 0; py < parts; ++py)
       for (int64_t px = 0; px < parts; ++px) {
         const Neighbours<S> near(s, image, patch / s.columns * parts + py, patch % s.columns * parts + px);
-        visit(image, (tile % s.count) * s.side * row + py * S * row + px * S * s.channels, near);
+        const int64_t at = tile * tile_size + py * S * row + px * S * s.channels;
+        if constexpr (S <= 2) cells.push_back({image * s.count * tile_size, at, Lists<S>(s, near)});
+        else cells.push_back({image * s.count * tile_size, at, near});
       }
+    if ((tile - begin) % group == group - 1 || tile == end - 1) {
+      visit(cells);
+      cells.clear();
+    }
   }
 }
 
@@ -83,6 +141,39 @@ inline void for_products(const T* tiles, const Neighbours<S>& near, int y, int k
       }
     }
   }
+}
+
+template <typename T, int W, bool ALL, int S>
+inline void convolve_cell(const Shape& s, const T* tiles, const T* weight, const T* bias, T* out, const Lists<S>& lists,
+                          int64_t n) {
+  using A = Access<T, W, ALL>;
+  const int64_t pixel = s.channels, row = s.side * pixel;
+  for (int output = 0; output < S * S; ++output) {
+    auto sum = bias ? A::load(bias, n) : typename A::Vector{};
+    for (int i = 0; i < lists.size[output]; ++i) {
+      const auto& product = lists.products[output][i];
+      sum += A::load(tiles + product.input, n) * A::load(weight + product.tap, n);
+    }
+    A::store(out + output / S * row + output % S * pixel, sum, n);
+  }
+}
+
+template <typename T, int W, bool ALL, int S>
+inline void accumulate_cell(const Shape& s, const T* tiles, const T* grad, T* weight_grad, T* bias_grad,
+                            const Lists<S>& lists, int64_t n) {
+  using A = Access<T, W, ALL>;
+  const int64_t pixel = s.channels, row = s.side * pixel;
+  auto total = A::load(bias_grad, n);
+  for (int output = 0; output < S * S; ++output) {
+    const auto g = A::load(grad + output / S * row + output % S * pixel, n);
+    total += g;
+    for (int i = 0; i < lists.size[output]; ++i) {
+      const auto& product = lists.products[output][i];
+      T* sum = weight_grad + product.tap;
+      A::store(sum, A::load(sum, n) + A::load(tiles + product.input, n) * g, n);
+    }
+  }
+  A::store(bias_grad, total, n);
 }
 
 template <typename T, int W, bool ALL, int S>
@@ -143,25 +234,24 @@ inline void accumulate_cell(const Shape& s, const T* tiles, const T* grad, T* we
 
 template <typename T, int S>
 void convolve(const Shape& s, const T* tiles, const T* weight, const T* bias, T* out, int threads) {
-  const int64_t total = s.batch * s.count, image_size = s.count * s.side * s.side * s.channels;
+  const int64_t total = s.batch * s.count;
   // A few runs of tiles per thread: what a tile costs depends on its neighbours.
   const int64_t runs = std::min<int64_t>(total, threads * 8);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t run = 0; run < runs; ++run)
-    for_cells<S>(s, total * run / runs, total * (run + 1) / runs, [&](int64_t image, int64_t at, const auto& near) {
-      const int64_t first = image * image_size;
+    for_groups<S>(s, total * run / runs, total * (run + 1) / runs, [&](const auto& cells) {
       for_channels<T>(0, s.channels, [&]<int W, bool ALL>(int64_t c, int64_t n) {
-        convolve_cell<T, W, ALL, S>(s, tiles + first + c, weight + c, bias ? bias + c : nullptr, out + first + at + c,
-                                    near, n);
+        for (const auto& cell : cells)
+          convolve_cell<T, W, ALL, S>(s, tiles + cell.image + c, weight + c, bias ? bias + c : nullptr,
+                                      out + cell.at + c, cell.near, n);
       });
     });
 }
 
-// One sum per run of tiles, (runs, 50, C): 49 rows of weight gradient, one of bias gradient; all zero at the start. The
-// number of runs belongs to the caller, so that the order of the additions does not depend on the number of threads.
+// One sum per run of tiles, (runs, 50, C): 49 rows of weight gradient, one of bias gradient; all zero at the start.
 template <typename T, int S>
 void accumulate(const Shape& s, const T* tiles, const T* grad, T* sums, int64_t runs, int threads) {
-  const int64_t total = s.batch * s.count, image_size = s.count * s.side * s.side * s.channels;
+  const int64_t total = s.batch * s.count;
   // Channels are shared out as well where there are few runs, in whole vectors.
   const int64_t parts = std::min<int64_t>((2 * threads + runs - 1) / runs, (s.channels + 63) / 64);
   const int64_t width = ((s.channels + parts - 1) / parts + 15) / 16 * 16;
@@ -170,11 +260,11 @@ void accumulate(const Shape& s, const T* tiles, const T* grad, T* sums, int64_t 
     const int64_t run = item / parts, begin = std::min(item % parts * width, s.channels);
     const int64_t end = std::min(begin + width, s.channels);
     T* sum = sums + run * (K * K + 1) * s.channels;
-    for_cells<S>(s, total * run / runs, total * (run + 1) / runs, [&](int64_t image, int64_t at, const auto& near) {
-      const int64_t first = image * image_size;
+    for_groups<S>(s, total * run / runs, total * (run + 1) / runs, [&](const auto& cells) {
       for_channels<T>(begin, end, [&]<int W, bool ALL>(int64_t c, int64_t n) {
-        accumulate_cell<T, W, ALL, S>(s, tiles + first + c, grad + first + at + c, sum + c,
-                                      sum + K * K * s.channels + c, near, n);
+        for (const auto& cell : cells)
+          accumulate_cell<T, W, ALL, S>(s, tiles + cell.image + c, grad + cell.at + c, sum + c,
+                                        sum + K * K * s.channels + c, cell.near, n);
       });
     });
   }
@@ -189,17 +279,38 @@ inline void with_cell(int64_t side, Run run) {
   else run.template operator()<1>();
 }
 
-}  // namespace
-
-// Sizes are B, V, T, C, rows, columns. The bias may be null. Pointers are to contiguous memory.
-extern "C" void fcmae_convolve(const int64_t* sizes, const int64_t* visible, const int32_t* slots, const REAL* tiles,
-                               const REAL* weight, const REAL* bias, REAL* out, int64_t threads) {
-  const Shape s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], visible, slots};
-  with_cell(s.side, [&]<int S>() { convolve<REAL, S>(s, tiles, weight, bias, out, static_cast<int>(threads)); });
+// Calls run(c, k, k·C + c) for every channel and tap, in blocks that stay in the cache either way round.
+template <typename Run>
+inline void for_taps(int64_t channels, Run run) {
+  for (int64_t begin = 0; begin < channels; begin += 16)
+    for (int k = 0; k < K * K; ++k)
+      for (int64_t c = begin; c < std::min(begin + 16, channels); ++c) run(c, k, k * channels + c);
 }
 
-extern "C" void fcmae_accumulate(const int64_t* sizes, const int64_t* visible, const int32_t* slots, const REAL* tiles,
-                                 const REAL* grad, REAL* sums, int64_t runs, int64_t threads) {
+}  // namespace
+
+// Sizes are B, V, T, C, rows, columns; weight and its gradient (C, 49). Pointers are to contiguous memory.
+
+// The bias may be null. With `turned` the kernel is turned round, which gives the input gradient.
+extern "C" void fcmae_convolve(const int64_t* sizes, const int64_t* visible, const int32_t* slots, const REAL* tiles,
+                               const REAL* weight, const REAL* bias, int64_t turned, REAL* out, int64_t threads) {
   const Shape s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], visible, slots};
+  Zeros<REAL> memory(K * K * s.channels);
+  REAL* taps = memory.data();
+  for_taps(s.channels, [&](int64_t c, int k, int64_t at) { taps[at] = weight[c * K * K + (turned ? K * K - 1 - k : k)]; });
+  with_cell(s.side, [&]<int S>() { convolve<REAL, S>(s, tiles, taps, bias, out, static_cast<int>(threads)); });
+}
+
+// The sums over tiles are taken in `runs` parts, so that their order does not depend on the number of threads.
+extern "C" void fcmae_accumulate(const int64_t* sizes, const int64_t* visible, const int32_t* slots, const REAL* tiles,
+                                 const REAL* grad, REAL* grad_weight, REAL* grad_bias, int64_t runs, int64_t threads) {
+  const Shape s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], visible, slots};
+  const int64_t size = (K * K + 1) * s.channels;
+  Zeros<REAL> memory(runs * size);
+  REAL* sums = memory.data();
   with_cell(s.side, [&]<int S>() { accumulate<REAL, S>(s, tiles, grad, sums, runs, static_cast<int>(threads)); });
+  for (int64_t run = 1; run < runs; ++run)
+    for (int64_t at = 0; at < size; ++at) sums[at] += sums[run * size + at];
+  for_taps(s.channels, [&](int64_t c, int k, int64_t at) { grad_weight[c * K * K + k] = sums[at]; });
+  std::copy_n(sums + K * K * s.channels, s.channels, grad_bias);
 }

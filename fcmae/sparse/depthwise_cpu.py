@@ -26,18 +26,23 @@ def supports(tiles: Tensor, kernel: int) -> bool:
 
 def depthwise(tiles: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, slots: Tensor, grid: Grid) -> Tensor:
     """(B, V, T, T, C) tiles, (C, 1, 7, 7) weight, (C,) bias -> (B, V, T, T, C) of the tiles' type."""
-    real = _real(tiles)
-    source = tiles.to(real).contiguous()
-    taps = weight.to(real).flatten(1).t().contiguous()
-    bias = None if bias is None else bias.to(real).contiguous()
-    out = torch.empty_like(source)
-    _call("fcmae_convolve", source, visible, slots, grid, source, taps, bias, out)
-    return out.to(tiles.dtype)
+    return _convolve(tiles, weight, bias, visible, slots, grid, turned=0)
 
 
 def depthwise_input_gradient(grad: Tensor, weight: Tensor, visible: Tensor, slots: Tensor, grid: Grid) -> Tensor:
     """Gradient of the tiles: the convolution with the kernel turned round."""
-    return depthwise(grad, weight.flip(2, 3), None, visible, slots, grid)
+    return _convolve(grad, weight, None, visible, slots, grid, turned=1)
+
+
+def _convolve(
+    tiles: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, slots: Tensor, grid: Grid, turned: int
+) -> Tensor:
+    real = _real(tiles)
+    source, weight = tiles.to(real).contiguous(), weight.to(real).contiguous()
+    bias = None if bias is None else bias.to(real).contiguous()
+    out = torch.empty_like(source)
+    _call("fcmae_convolve", source, visible, slots, grid, source, weight, bias, turned, out)
+    return out.to(tiles.dtype)
 
 
 def depthwise_weight_gradient(
@@ -48,11 +53,9 @@ def depthwise_weight_gradient(
     source, grad = tiles.to(real).contiguous(), grad.to(real).contiguous()
     count = tiles.shape[0] * tiles.shape[1]
     runs = max(1, min(_SUMS, count, count * tiles.shape[2] ** 2 // _POSITIONS_PER_SUM))
-    sums = torch.zeros(runs, kernel * kernel + 1, channels, dtype=real)
-    _call("fcmae_accumulate", source, visible, slots, grid, source, grad, sums, runs)
-    total = sums.sum(dim=0)
-    # An operator's results must not share memory.
-    return total[:-1].t().contiguous().view(channels, 1, kernel, kernel), total[-1].clone()
+    grad_weight, grad_bias = source.new_empty(channels, 1, kernel, kernel), source.new_empty(channels)
+    _call("fcmae_accumulate", source, visible, slots, grid, source, grad, grad_weight, grad_bias, runs)
+    return grad_weight, grad_bias
 
 
 def _real(tiles: Tensor) -> torch.dtype:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
 import torch.nn.functional as F
 from timm.layers import GELU
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
+
+from fcmae.sparse.norm import layer_norm
 
 
 class Layout(ABC):
@@ -28,8 +29,8 @@ class Layout(ABC):
         """Depthwise convolution in which removed positions count as zero."""
 
     @abstractmethod
-    def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """Strided convolution (kernel = stride); never leaves a tile."""
+    def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
+        """LayerNorm and strided convolution (kernel = stride); never leaves a tile."""
 
     @abstractmethod
     def response_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -43,9 +44,13 @@ class Layout(ABC):
     def gather(self, x: Tensor) -> Tensor:
         """Features as visible tiles (B, V, T, T, C)."""
 
+    def norm(self, x: Tensor, layer: nn.LayerNorm) -> Tensor:
+        """LayerNorm over channels."""
+        return layer_norm(x, layer)
+
     def pointwise(self, x: Tensor, shortcut: Tensor, block: ConvNeXtBlock) -> Tensor:
         """The rest of a block behind its depthwise convolution: LayerNorm, fc1, GELU, GRN, fc2 and the residual."""
-        x = layer_norm(x, block.norm)
+        x = self.norm(x, block.norm)
         x = linear(x, block.mlp.fc1)
         x = block.mlp.act(x)
         grn = block.mlp.grn
@@ -83,17 +88,6 @@ def is_gelu(act: nn.Module) -> bool:
     return isinstance(act, nn.GELU | GELU) and getattr(act, "approximate", "none") == "none"
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm over the channels of channels-last features, whichever axis order the module was built for.
-
-    Under autocast it runs and answers in float32, on every device, as CUDA's autocast does by itself; the residual
-    stream, which begins behind the stem's norm, is float32 with it.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.float()
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
 def linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
     """A linear layer stored as nn.Linear or as a 1x1 convolution (timm has both) over channels-last features."""
     return F.linear(x, layer.weight.flatten(1), layer.bias)
@@ -111,11 +105,11 @@ def encode(encoder: ConvNeXt, images: Tensor, layout: Layout) -> Tensor:
         (B, V, T, T, C) with T the side of a patch's tile after the last stage.
     """
     conv, norm = encoder.stem
-    x = layer_norm(layout.embed(images, conv), norm)
+    x = layout.norm(layout.embed(images, conv), norm)
     for stage in encoder.stages:
         if not isinstance(stage.downsample, nn.Identity):
             norm, conv = stage.downsample
-            x = layout.downsample(layer_norm(x, norm), conv)
+            x = layout.downsample(x, norm, conv)
         for block in stage.blocks:
             x = block(x, layout)
     return layout.gather(x)

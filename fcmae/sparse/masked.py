@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.sparse.encoder import Layout
+from fcmae.sparse.norm import layer_norm
 from fcmae.sparse.response import response_scale, statistics_dtype
 from fcmae.sparse.tiles import Grid, TileIndex, gather_tiles, removed_on_map
 
@@ -22,8 +23,8 @@ class DenseLayout(Layout):
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
+        return conv(layer_norm(x, norm).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def embed(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
         return conv(images).permute(0, 2, 3, 1)

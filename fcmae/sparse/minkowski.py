@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fcmae.errors import ConfigError
 from fcmae.sparse.encoder import Layout
+from fcmae.sparse.norm import layer_norm
 from fcmae.sparse.response import response_scale, statistics_dtype
 from fcmae.sparse.tiles import Grid
 
@@ -80,8 +81,8 @@ class MinkowskiLayout(Layout):
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return self._convolve(x, conv)
 
-    def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return self._convolve(x, conv)
+    def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
+        return self._convolve(layer_norm(x, norm), conv)
 
     def response_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         image = self._image(x)

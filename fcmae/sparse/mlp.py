@@ -1,10 +1,9 @@
 """The pointwise half of a ConvNeXt V2 block as one autograd function: LayerNorm, fc1, GELU, GRN, fc2 and the residual.
 
 B images, N positions per image, C channels, K = 4C hidden channels. Written out as separate layers, the step spends
-half its time in element-wise passes over (B, N, K) and keeps four such tensors for the backward pass. Here two are
-kept, GELU's result and its slope, so that nothing is computed twice; everything else of that size lives in buffers of a
-few images that stay in the cache, and what lies between the products is a pass or two (`activation_cpu.py`;
-`activation_dense.py` where that cannot be had).
+half its time in element-wise passes over (B, N, K) and keeps four such tensors for the backward pass. Here one is kept,
+the input of GELU; everything else of that size lives in buffers of a few images that stay in the cache, and what lies
+between the products is a pass or two (`pointwise_cpu.py`; `pointwise_dense.py` where that cannot be had).
 
 GRN multiplies each hidden channel of an image by a factor s (B, K) and adds beta. Behind it comes a linear layer, so
 
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fcmae.sparse import activation_cpu, activation_dense
+from fcmae.sparse import pointwise_cpu, pointwise_dense
+from fcmae.sparse.autocast import outside_autocast
 from fcmae.sparse.response import statistics_dtype
 
 # Hidden activations worked on at a time on a CPU; few enough to stay in cache.
@@ -31,11 +31,27 @@ from fcmae.sparse.response import statistics_dtype
 CHUNK_BYTES = 6 << 20
 
 
-def _chunks(batch: int, bytes_per_image: int, device: torch.device) -> Iterator[slice]:
-    """Equal runs of images whose hidden activations fit the cache."""
-    count = math.ceil(batch * bytes_per_image / CHUNK_BYTES) if device.type == "cpu" else 1
-    size = math.ceil(batch / max(1, min(count, batch)))
+def _chunks(h: Tensor) -> Iterator[slice | None]:
+    """Equal runs of images whose hidden activations `h` fit the cache; None stands for all images."""
+    batch, count = len(h), math.ceil(h.nbytes / CHUNK_BYTES)
+    if h.device.type != "cpu" or min(count, batch) <= 1:
+        return iter((None,))
+    size = math.ceil(batch / min(count, batch))
     return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
+
+
+# On small tensors the calls below, each a microsecond in torch even where there is nothing to do, would add up to more
+# than the arithmetic; a block makes fifty of them.
+def _take(x: Tensor, images: slice | None) -> Tensor:
+    return x if images is None else x[images]
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -54,7 +70,7 @@ class _Sums:
             if name in self.totals:
                 self.totals[name] += addend
             else:
-                self.totals[name] = addend.to(self.dtype)
+                self.totals[name] = _as(addend, self.dtype)
 
     def add_product(self, name: str, a: Tensor, b: Tensor) -> None:
         if name in self.totals and a.dtype == self.dtype:
@@ -66,102 +82,103 @@ class _Sums:
 class _ResponseMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shortcut, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2, norm_eps, eps, dtype):
-        batch, positions, channels = x.shape
-        hidden = w1.shape[0]
+        batch, channels, hidden = len(x), x.shape[-1], w1.shape[0]
+        x = _contiguous(x, x.dtype).view(batch, -1, channels)
+        positions = x.shape[1]
         wide = statistics_dtype(dtype)
         fold = positions >= 2 * channels
-        weight1, weight2 = w1.to(dtype), w2.to(dtype)
-        bias1, gamma_wide, beta_wide = (
-            b1.to(dtype).contiguous(),
-            gamma.to(wide).contiguous(),
-            beta.to(wide).contiguous(),
-        )
-        bias2 = torch.addmv(b2.to(wide), w2.to(wide), beta_wide) if fold else b2.to(wide)
-        norm_args = [channels], norm_weight.to(wide), norm_bias.to(wide), norm_eps
-        out = torch.empty(shortcut.shape, dtype=shortcut.dtype, device=x.device)
-        a, slope = (torch.empty(batch, positions, hidden, dtype=dtype, device=x.device) for _ in range(2))
-        module = activation_cpu if activation_cpu.supports(a) else activation_dense
+        weight1, bias1, weight2 = _as(w1, dtype), _contiguous(b1, dtype), _as(w2, dtype)
+        gamma_wide, beta_wide, bias2 = _contiguous(gamma, wide), _contiguous(beta, wide), _as(b2, wide)
+        norm = _contiguous(norm_weight, wide), _contiguous(norm_bias, wide)
+        if fold:
+            bias2 = torch.addmv(bias2, _as(w2, wide), beta_wide)
+        result_shape, shortcut = shortcut.shape, shortcut.reshape(x.shape)
+        out = torch.empty(x.shape, dtype=shortcut.dtype, device=x.device)
+        h = torch.empty(batch, positions, hidden, dtype=dtype, device=x.device)
+        module = pointwise_cpu if pointwise_cpu.supports(h) else pointwise_dense
         buffer: Tensor | None = None
         statistics: list[tuple[Tensor, ...]] = []
-        for images in _chunks(batch, a[0].nbytes, x.device):
-            y, *of_norm = torch.native_layer_norm(x[images].to(wide), *norm_args)
-            part, h, result = a[images], slope[images], out[images]
-            torch.mm(y.to(dtype).view(-1, channels), weight1.t(), out=h.view(-1, hidden))
-            if not fold:
-                buffer = torch.empty_like(part) if buffer is None else buffer[: len(part)]
-            sums, scale = module.activate(h, bias1, gamma_wide, beta_wide, eps, part, buffer)  # h becomes the slope
+        for images in _chunks(h):
+            y, *of_norm = module.normalise(_as(_take(x, images), wide), *norm, norm_eps)
+            part, result = _take(h, images), _take(out, images)
+            torch.mm(_as(y, dtype).view(-1, channels), weight1.t(), out=part.view(-1, hidden))
+            buffer = torch.empty_like(part) if buffer is None else buffer[: len(part)]
+            sums, scale = module.activate(part, bias1, gamma_wide, None if fold else beta_wide, eps, buffer)
             statistics.append((sums, scale, *of_norm))
-            torch.add(shortcut[images], bias2, out=result)
-            if buffer is None:
-                weights = (weight2 * scale.to(dtype).unsqueeze(1)).transpose(1, 2)
-                result.baddbmm_(part, weights) if result.dtype == dtype else result.add_(torch.bmm(part, weights))
+            torch.add(_take(shortcut, images), bias2, out=result)
+            if fold:
+                weights = (weight2 * _as(scale, dtype).unsqueeze(1)).transpose(1, 2)
+                result.baddbmm_(buffer, weights) if result.dtype == dtype else result.add_(torch.bmm(buffer, weights))
             else:
                 left, right, result = buffer.view(-1, hidden), weight2.t(), result.view(-1, channels)
                 result.addmm_(left, right) if result.dtype == dtype else result.add_(left @ right)
         saved = (_joined(list(parts)) for parts in zip(*statistics, strict=True))
-        ctx.save_for_backward(x, a, slope, *saved, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
-        ctx.settings = norm_eps, eps, fold, module
-        return out
+        ctx.save_for_backward(x, h, *saved, norm_weight, norm_bias, w1, b1, gamma, beta, w2)
+        ctx.settings = eps, fold, module, b2.dtype
+        return out.view(result_shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):  # backward may be called under it
+        with outside_autocast(grad.device.type):
             return _ResponseMLP.gradients(ctx, grad)
 
     @staticmethod
     def gradients(ctx, grad):
-        x, a, slope, sums, scales, means, deviations, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = (
-            ctx.saved_tensors
-        )
-        norm_eps, eps, fold, module = ctx.settings
-        channels = x.shape[-1]
-        dtype, wide, hidden = a.dtype, sums.dtype, a.shape[-1]
-        weight1, weight2 = w1.to(dtype), w2.to(dtype).contiguous()
-        norm_args = norm_weight.to(wide), norm_bias.to(wide)
-        gamma_wide, beta_wide = gamma.to(wide).contiguous(), beta.to(wide).contiguous()
+        x, h, sums, scales, means, rstds, *parameters = ctx.saved_tensors
+        norm_weight, norm_bias, w1, b1, gamma, beta, w2 = parameters
+        eps, fold, module, *of_b2 = ctx.settings
+        channels, hidden, dtype, wide = x.shape[-1], h.shape[-1], h.dtype, sums.dtype
+        grad_out, grad = grad, grad.reshape(x.shape)
+        weight1, bias1, weight2 = _as(w1, dtype), _contiguous(b1, dtype), _contiguous(w2, dtype)
+        gamma_wide, beta_wide = _contiguous(gamma, wide), _contiguous(beta, wide)
+        norm = _contiguous(norm_weight, wide), _contiguous(norm_bias, wide)
         total = _Sums(wide)
         if fold:
             total.add(w2=torch.zeros(w2.shape, dtype=wide, device=x.device))
         grads_x: list[Tensor] = []
         buffers: list[Tensor] = []
-        for images in _chunks(len(x), a[0].nbytes, x.device):
-            part, scale = a[images], scales[images]
-            if not buffers:
-                buffers = [torch.empty_like(part) for _ in range(1 if fold else 2)]
-            grad_h, *product = (buffer[: len(part)] for buffer in buffers)
-            grad_part = grad[images].to(dtype).contiguous()
+        for images in _chunks(h):
+            part, scale = _take(h, images), _take(scales, images)
+            buffers = [x[: len(part)] for x in buffers] or [torch.empty_like(part) for _ in range(2 if fold else 3)]
+            a, grad_h, *product = buffers
+            grad_part = _contiguous(_take(grad, images), dtype)
             # Through fc2 and GRN's factor.
+            module.reactivate(part, bias1, scale, beta_wide, a, None if fold else product[0])
             if fold:
-                weights = torch.bmm(grad_part.transpose(1, 2), part)  # its gradients first, then each image's weight
+                weights = torch.bmm(grad_part.transpose(1, 2), a)  # its gradients first, then each image's weight
                 grad_scale = module.unfold(weights, weight2, scale, total.totals["w2"])
                 torch.bmm(grad_part, weights, out=grad_h)
             else:
                 grad_scale, flat = None, grad_part.view(-1, channels)
-                torch.addcmul(beta_wide.to(dtype), part, scale.to(dtype).unsqueeze(1), out=product[0])
                 total.add_product("w2", flat.t(), product[0].view(-1, hidden))
                 torch.mm(flat, weight2, out=grad_h.view(-1, hidden))
+            factor = None if fold else scale
             grad_gamma, grad_b1 = module.activation_gradient(
-                slope[images], part, None if fold else scale, sums[images], gamma_wide, eps, grad_h, grad_scale
-            )  # fmt: skip
-            # Through fc1 and the norm.
-            x_part, grad_h = x[images].to(wide), grad_h.view(-1, hidden)
-            y = torch.native_layer_norm(x_part, [channels], *norm_args, norm_eps)[0]
-            total.add_product("w1", grad_h.t(), y.to(dtype).view(-1, channels))
-            grad_y = torch.mm(grad_h, weight1).view_as(x_part).to(wide)
-            grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-                grad_y, x_part, [channels], means[images], deviations[images], *norm_args, [True, True, True]
+                part, bias1, a, factor, _take(sums, images), gamma_wide, eps, grad_h, grad_scale
             )
-            grads_x.append(grad_x.to(x.dtype))
+            # Through fc1 and the norm.
+            x_part, grad_h = _as(_take(x, images), wide), grad_h.view(-1, hidden)
+            grad_y = _as(torch.mm(grad_h, weight1), wide).view_as(x_part)
+            grad_x, y, grad_norm_weight, grad_norm_bias = module.normalise_gradient(
+                grad_y, x_part, *norm, _take(means, images), _take(rstds, images)
+            )
+            if fold:  # a long sum for a small result: summing per image first is faster
+                of_images = torch.bmm(_as(y, dtype).transpose(1, 2), grad_h.view(part.shape))
+                total.add(w1=of_images.sum(dim=0, dtype=wide).t())
+            else:
+                total.add_product("w1", grad_h.t(), _as(y, dtype).view(-1, channels))
             total.add(gamma=grad_gamma, b1=grad_b1, norm_weight=grad_norm_weight, norm_bias=grad_norm_bias)
+            grads_x.append(_as(grad_x, x.dtype))
         grad_b2 = grad.sum(dim=(0, 1), dtype=wide)
         if fold:
             total.totals["w2"].addr_(grad_b2, beta_wide)
-        total.add(b2=grad_b2, beta=torch.mv(w2.to(wide).t(), grad_b2))
-        parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "w1": w1, "b1": b1}
-        parameters |= {"gamma": gamma, "beta": beta, "w2": w2, "b2": b2}
-        grads = (total.totals[name].to(parameter.dtype) for name, parameter in parameters.items())
-        return _joined(grads_x), grad, *grads, None, None, None
+        total.add(beta=torch.mv(_as(w2, wide).t(), grad_b2))
+        names = ("norm_weight", "norm_bias", "w1", "b1", "gamma", "beta", "w2")
+        grads = (
+            _contiguous(total.totals[name], parameter.dtype) for name, parameter in zip(names, parameters, strict=True)
+        )
+        return _joined(grads_x).view(grad_out.shape), grad_out, *grads, _as(grad_b2, *of_b2), None, None, None
 
 
 def response_mlp(
@@ -191,9 +208,6 @@ def response_mlp(
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    flat = (x.flatten(1, -2), shortcut.flatten(1, -2))
     parameters = (norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
-    if not torch.is_autocast_enabled(device):
-        return _ResponseMLP.apply(*flat, *parameters, norm_eps, eps, dtype).view_as(shortcut)
-    with torch.autocast(device, enabled=False):
-        return _ResponseMLP.apply(*flat, *parameters, norm_eps, eps, dtype).view_as(shortcut)
+    with outside_autocast(device):
+        return _ResponseMLP.apply(x, shortcut, *parameters, norm_eps, eps, dtype)

@@ -70,19 +70,33 @@ def call(name: str, dtype: torch.dtype, function: str, *arguments: Tensor | floa
 
     Tensors must be contiguous and, where they are of a floating type, of `dtype`.
     """
+    key = name, dtype, function
+    handle = _handles.get(key) or _handles.setdefault(key, _handle(*key, arguments))
     converted: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
-            if not argument.is_contiguous() or (argument.is_floating_point() and argument.dtype != dtype):
+            if not argument.is_contiguous() or (argument.dtype != dtype and argument.is_floating_point()):
                 raise ValueError(f"{function}: tensors must be contiguous {dtype}; got strides {argument.stride()}")
-            converted.append(ctypes.c_void_p(argument.data_ptr()))
-        elif argument is None:
-            converted.append(ctypes.c_void_p(None))
+            converted.append(argument.data_ptr())
         elif isinstance(argument, tuple):
             converted.append((ctypes.c_int64 * len(argument))(*argument))
         else:
-            converted.append((ctypes.c_double if isinstance(argument, float) else ctypes.c_int64)(argument))
-    getattr(library(name, dtype), function)(*converted, ctypes.c_int64(torch.get_num_threads()))
+            converted.append(argument)
+    handle(*converted, torch.get_num_threads())
+
+
+_handles: dict[tuple[str, torch.dtype, str], Any] = {}
+
+
+def _handle(name: str, dtype: torch.dtype, function: str, arguments: tuple) -> Any:
+    """A function with its argument types, which make calls cheap; those of its first call are those of all."""
+    loaded = library(name, dtype)
+    assert loaded is not None
+    handle = loaded[function]  # indexing makes a new one
+    types: dict[type, Any] = {float: ctypes.c_double, int: ctypes.c_int64}
+    handle.argtypes = [*(types.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int64]
+    handle.restype = None
+    return handle
 
 
 def _run(*command: str) -> str:

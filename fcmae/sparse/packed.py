@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fcmae.sparse.depthwise import packed_depthwise
 from fcmae.sparse.encoder import Layout
 from fcmae.sparse.mlp import response_mlp
+from fcmae.sparse.norm import patch_norm
 from fcmae.sparse.response import response_scale, statistics_dtype
 from fcmae.sparse.tiles import Grid, TileIndex
 
@@ -40,13 +41,12 @@ class PackedLayout(Layout):
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return packed_depthwise(x, conv.weight, conv.bias, self.index)
 
-    def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        batch, tiles, side, _, channels = x.shape
-        stride = conv.stride[0]
-        x = x.view(batch, tiles, side // stride, stride, side // stride, stride, channels)
-        x = x.permute(0, 1, 2, 4, 3, 5, 6).flatten(4)
-        # The weight (out, in, ky, kx) is read in the order of the input, (ky, kx, in).
-        return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+    def norm(self, x: Tensor, layer: nn.LayerNorm) -> Tensor:
+        return patch_norm(x, layer)
+
+    def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
+        # The weight (out, in, ky, kx) is read in the order of the patches, (ky, kx, in).
+        return F.linear(patch_norm(x, norm, conv.stride[0]), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
     def response_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         flat = x.flatten(1, -2)

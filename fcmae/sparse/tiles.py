@@ -135,3 +135,21 @@ def unpatchify(patches: Tensor, patch_size: int, grid: Grid) -> Tensor:
     p = patch_size
     x = patches.reshape(batch, grid[0], grid[1], p, p, width // (p * p))
     return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, grid[0] * p, grid[1] * p)
+
+
+def to_patches(tiles: Tensor, stride: int) -> Tensor:
+    """(..., S, S, C) -> (..., S/k, S/k, k·k·C) with k the stride; inside a patch rows, then columns, then channels."""
+    if stride == 1:
+        return tiles
+    *leading, side, _, channels = tiles.shape
+    x = tiles.reshape(*leading, side // stride, stride, side // stride, stride, channels)
+    return x.transpose(-4, -3).flatten(-3)
+
+
+def from_patches(patches: Tensor, stride: int) -> Tensor:
+    """(..., S/k, S/k, k·k·C) -> (..., S, S, C): the inverse of `to_patches`."""
+    if stride == 1:
+        return patches
+    *leading, side, _, width = patches.shape
+    x = patches.reshape(*leading, side, side, stride, stride, width // stride**2)
+    return x.transpose(-4, -3).reshape(*leading, side * stride, side * stride, width // stride**2)

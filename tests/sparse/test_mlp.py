@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import drop_half_of_the_images, relative, small_model
 
-from fcmae.sparse import activation_cpu, mlp
+from fcmae.sparse import mlp, pointwise_cpu
 from fcmae.sparse.mlp import response_mlp
 from fcmae.sparse.response import response_norms, response_scale, response_scale_backward
 
@@ -56,8 +56,8 @@ def test_equals_the_layers_written_out(native, batch, positions, channels, chunk
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlp, "CHUNK_BYTES", chunk)
         if not native:
-            patch.setattr(activation_cpu, "supports", lambda x: False)
-        assert activation_cpu.supports(arguments[0]) == native
+            patch.setattr(pointwise_cpu, "supports", lambda x: False)
+        assert pointwise_cpu.supports(arguments[0]) == native
         actual = with_gradients(fused, arguments, seed)
     for got, expected in zip(actual, with_gradients(reference, arguments, seed), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
@@ -78,39 +78,46 @@ def test_a_channel_of_zeros_has_finite_gradients(positions):
 
 
 def test_float32_is_as_good_as_the_type():
-    # GELU over its whole range: the polynomials of the C++ against float64.
+    # GELU and its slope over the whole range: the polynomials of the C++ against float64.
     h = torch.linspace(-12, 12, 40_000).view(1, 100, 400)
+    h[0, 0, :3] = torch.tensor([0.0, 1e-40, -1e-12])
     zeros, ones = torch.zeros(400), torch.ones(400)
     wide = h.double().requires_grad_()
     value = F.gelu(wide)
     (slope,) = torch.autograd.grad(value.sum(), wide)
-    out, slopes = torch.empty_like(h), h.clone()
-    assert activation_cpu.supports(h)
-    sums, scale = activation_cpu.activate(slopes, zeros, ones, zeros, 1e-6, out, None)
+    out, again, slopes = torch.empty_like(h), torch.empty_like(h), torch.ones_like(h)
+    assert pointwise_cpu.supports(h)
+    sums, scale = pointwise_cpu.activate(h, zeros, ones, None, 1e-6, out)
     rounding = torch.finfo(torch.float32).eps * h.abs().clamp_min(1)  # of 1 + erf, times the input
     assert ((out - value).abs() / rounding).max() < 3
-    assert ((slopes - slope).abs() / rounding).max() < 3
     assert not out[h < -6].any()  # as torch's does, it underflows to zero
     torch.testing.assert_close(sums, value.square().sum(dim=1).float())
     torch.testing.assert_close(scale, response_scale(sums, ones, 1e-6))
+    pointwise_cpu.reactivate(h, zeros, scale, zeros, again, None)
+    assert torch.equal(again, out)
+    nothing = torch.zeros(1, 400)  # reaches the activations by way of the norm, so the slope alone is left
+    pointwise_cpu.activation_gradient(h, zeros, out, None, sums, ones, 1e-6, slopes, nothing)
+    assert ((slopes - slope).abs() / rounding).max() < 3
     nan = torch.full((1, 1, 16), torch.nan)
-    activation_cpu.activate(nan, zeros[:16], ones[:16], zeros[:16], 1e-6, torch.zeros_like(nan), None)
-    assert nan.isnan().all()
+    out = torch.zeros_like(nan)
+    pointwise_cpu.activate(nan, zeros[:16], ones[:16], None, 1e-6, out)
+    assert out.isnan().all()
 
 
 def test_same_bits_on_any_number_of_threads():
-    arguments = inputs(3, 40, 40, dtype=torch.float32)
-    seed = torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(1))
+    seed = torch.randn(3, 40, 160, generator=torch.Generator().manual_seed(1))
     threads, results = torch.get_num_threads(), []
     h = torch.randn(3, 40, 160, generator=torch.Generator().manual_seed(2))
-    gamma, beta = arguments[6].detach(), arguments[7].detach()
+    bias, gamma, beta = (x.detach() for x in inputs(3, 40, 40, dtype=torch.float32)[5:8])
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            slope, a, product, grad = h.clone(), torch.empty_like(h), torch.empty_like(h), seed.repeat(1, 1, 4)
-            sums, scale = activation_cpu.activate(slope, beta, gamma, beta, 1e-6, a, product)
-            added = activation_cpu.activation_gradient(slope, a, scale, sums, gamma, 1e-6, grad, None)
-            results.append((slope, a, product, sums, scale, grad, *added))
+            a, product, grad = torch.empty_like(h), torch.empty_like(h), seed.clone()
+            sums, scale = pointwise_cpu.activate(h, bias, gamma, beta, 1e-6, product)
+            pointwise_cpu.reactivate(h, bias, scale, beta, a, again := torch.empty_like(h))
+            assert torch.equal(again, product)
+            added = pointwise_cpu.activation_gradient(h, bias, a, scale, sums, gamma, 1e-6, grad, None)
+            results.append((a, product, sums, scale, grad, *added))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
