@@ -208,6 +208,7 @@ class RunConfig:
     picture_every: int | None = None
     device: str = "auto"
     precision: str = "fp32"
+    compile: bool = False
     debug: bool = False
 
     def validate(self) -> None:
@@ -281,6 +282,12 @@ class PretrainConfig:
         self.tracking.validate()
         self.optim.validate(launched_ranks())
         self.data.validate(self.model.in_chans)
+        require(
+            not self.run.compile or self.model.layout != "minkowski",
+            "run.compile",
+            "true",
+            "model.layout=minkowski cannot be compiled; packed and masked can",
+        )
         check_batch_fits(self.optim.batch_size, self.data)
 
 

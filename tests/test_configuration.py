@@ -41,6 +41,7 @@ MISTAKES = [
     (["data.train=/nowhere"], "data.train=/nowhere: no such file or folder"),
     (["data.mean=[0.5]"], "data.mean=[0.5]: must be 3 finite numbers"),
     (["data.crop_scale=[0.5,0.2]"], "data.crop_scale=[0.5, 0.2]: must be two shares"),
+    (["run.compile=true", "model.layout=minkowski"], "run.compile=true: model.layout=minkowski cannot be compiled"),
     (["run.precision=fp16"], "run.precision=fp16: must be fp32 or bf16"),
     (["run.resume=/nowhere"], "run.resume=/nowhere: must be auto, never, or the path of a run or checkpoint folder"),
     (["run.device=cuda:x"], "run.device=cuda:x: must be auto, cpu, cuda or cuda:N"),

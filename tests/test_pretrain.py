@@ -156,6 +156,16 @@ def test_two_ranks_render_the_demo_and_draw_pictures(tmp_path):
     assert done.stdout.count("Done: step 4") == 1
 
 
+def test_compiled_blocks_train_alike_and_resume_uncompiled(finished, shards, tmp_path):
+    done = run_module("fcmae.pretrain", *tiny_run(shards, "run.compile=true", "run.max_steps=4"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run_module("fcmae.pretrain", *tiny_run(shards), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(records(finished), records(tmp_path / "runs" / "demo" / "pretrain"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
 def test_bf16_grey_accumulation_and_masked_layout(tmp_path):
     make_split(tmp_path / "train", 24, channels=1)
     done = run_module(

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fcmae.errors import UserError
 from fcmae.runtime import checkpoint
+from fcmae.runtime.compilation import compile_blocks
 from fcmae.runtime.distributed import Ranks
 from fcmae.runtime.progress import Display
 from fcmae.runtime.tracking import Tracker
@@ -88,6 +89,8 @@ def fit(
     if start >= stop_at:
         return Result(start, None)
     model: nn.Module = task.model
+    if run.compile:
+        compile_blocks(model)
     if ranks.count > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         model = DistributedDataParallel(task.model, device_ids=ids)
