@@ -7,7 +7,7 @@ A variant is a layout, eager or compiled. All variants of a size share weights, 
 timed each must give the features and gradients of the masked reference; a wrong answer has no speed, and the script
 ends. Then the variants take turns of two steps (forward, backward, AdamW), of which the second is timed, so that
 whatever else the machine does hits all of them; the median and the middle half are reported. A layout counts with its
-fastest variant. On Linux the allocator is told to keep freed memory (see the end of this file).
+fastest variant. On Linux the allocator is told to keep freed memory (`keep_freed_memory`).
 
 Needs torch, timm and, on a GPU, triton.
 """
@@ -398,11 +398,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(j["met"] for j in judged) else 1
 
 
-# glibc hands large blocks back to the system and takes them anew, page by page, which costs the layouts with the large
-# activations most. Let it keep them, so that layouts are compared and not allocators.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+def keep_freed_memory() -> None:
+    """Start this script again with an allocator that keeps freed memory (glibc).
+
+    By default glibc hands large blocks back to the system and takes them anew, page by page, which costs the layouts
+    with the large activations most. Layouts are to be compared, not allocators.
+    """
+    settings = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+    if sys.platform == "linux" and not settings.keys() & os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
+
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and not ALLOCATOR.keys() & os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
+    keep_freed_memory()
     sys.exit(main())

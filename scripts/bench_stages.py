@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_sparse import DTYPES, gemm_peak, synchronise, table
+from bench_sparse import DTYPES, gemm_peak, keep_freed_memory, synchronise, table
 
 from fcmae.architecture import SIZES
 from fcmae.model import create_model
@@ -130,4 +130,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

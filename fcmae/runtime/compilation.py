@@ -8,7 +8,7 @@ from torch import nn
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile every block by itself: blocks of one shape share the code, so it takes a fraction of the whole model's time.
+    """Compile every block by itself; blocks of one shape share the code, so it takes a fraction of a model's time.
 
     Hooks, sharding and checkpoints see the same modules and parameter names as before.
     """
