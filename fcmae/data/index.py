@@ -1,8 +1,9 @@
 """The index beside a folder of WebDataset shards: what is in them and where, so that any sample is one read away.
 
 One file, `index.safetensors`: arrays over shards (`shard_samples`, `shard_bytes`) and over all N samples in shard order
-(`offset` and `size` of the image's bytes in its tar, `label`, -1 where there is none), and a JSON header with the shard
-names, class names, key of every setting that made it. Free of torch.
+(`block` and `size` of the image's bytes in its tar, `label`, -1 where there is none), and a JSON header with the shard
+names, class names, key of every setting that made it. Twelve bytes a sample: 15 MB for ImageNet-1k, 170 MB for 21k.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from fcmae.errors import DataError
 from fcmae.files import written_whole
 
 INDEX_NAME = "index.safetensors"
-VERSION = "1"
+VERSION = "2"
+BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
+ARRAYS = {
+    "shard_samples": np.int64,
+    "shard_bytes": np.int64,
+    "block": np.uint32,
+    "size": np.uint32,
+    "label": np.int32,
+}
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
@@ -34,9 +43,9 @@ class ShardIndex:
     shards: list[str]
     shard_samples: np.ndarray  # (S,) int64
     shard_bytes: np.ndarray  # (S,) int64
-    offset: np.ndarray  # (N,) int64, of the image's first byte in its tar
-    size: np.ndarray  # (N,) int64, bytes of the image
-    label: np.ndarray  # (N,) int64, -1 = none
+    block: np.ndarray  # (N,) uint32, the image's first block of 512 bytes in its tar
+    size: np.ndarray  # (N,) uint32, bytes of the image
+    label: np.ndarray  # (N,) int32, -1 = none
     classes: list[str] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
 
@@ -44,7 +53,11 @@ class ShardIndex:
         self._first = np.concatenate([[0], np.cumsum(self.shard_samples)])
 
     def __len__(self) -> int:
-        return len(self.offset)
+        return len(self.block)
+
+    def offset(self, sample: int) -> int:
+        """Of the first byte of a sample's image in its tar."""
+        return int(self.block[sample]) * BLOCK
 
     @property
     def num_classes(self) -> int:
@@ -54,8 +67,16 @@ class ShardIndex:
     def fingerprint(self) -> str:
         """A short digest of where every sample lies: the same for a copy elsewhere, another for other images."""
         digest = hashlib.sha256()
-        for array in (self.shard_samples, self.shard_bytes, self.offset, self.size, self.label):
-            digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        step = 1 << 20  # a copy in 64 bits of a whole array would take more memory than the index
+        for array, unit in (
+            (self.shard_samples, 1),
+            (self.shard_bytes, 1),
+            (self.block, BLOCK),
+            (self.size, 1),
+            (self.label, 1),
+        ):
+            for start in range(0, len(array), step):
+                digest.update((array[start : start + step].astype(np.int64) * unit).tobytes())
         return digest.hexdigest()[:16]
 
     def shard_of(self, sample: int) -> int:
@@ -86,10 +107,7 @@ class ShardIndex:
             "classes": json.dumps(self.classes),
             "provenance": json.dumps(self.provenance),
         }
-        arrays = {
-            name: np.ascontiguousarray(getattr(self, name), dtype=np.int64)
-            for name in ("shard_samples", "shard_bytes", "offset", "size", "label")
-        }
+        arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=dtype) for name, dtype in ARRAYS.items()}
         with written_whole(self.folder / INDEX_NAME) as temporary:
             save_file(arrays, temporary, metadata=header)
 
@@ -105,10 +123,16 @@ def read_index(path: str | Path) -> ShardIndex:
     try:
         with safe_open(file, framework="numpy") as handle:
             header = handle.metadata() or {}
-            if header.get("version") != VERSION:
-                raise DataError(f"{INDEX_NAME} is of version {header.get('version')}, this program reads {VERSION}")
-            arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, not a mapping
-    except SafetensorError as error:
+            version = header.get("version")
+            if version not in ("1", VERSION):
+                raise DataError(f"{INDEX_NAME} is of version {version}, this program reads up to {VERSION}")
+            if version == "1":  # bytes where there are blocks now, everything in 64 bits
+                arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, not a mapping
+                arrays["block"] = arrays.pop("offset") // BLOCK
+                arrays = {name: arrays[name].astype(dtype) for name, dtype in ARRAYS.items()}
+            else:
+                arrays = _mapped(file)
+    except (SafetensorError, KeyError) as error:
         raise DataError(f"{INDEX_NAME} cannot be read ({error}); write it again with scripts/make_shards.py") from None
     return ShardIndex(
         folder=file.parent,
@@ -117,6 +141,20 @@ def read_index(path: str | Path) -> ShardIndex:
         provenance=json.loads(header["provenance"]),
         **arrays,
     )
+
+
+def _mapped(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file (which has been checked by opening it) as maps of the file, not copies.
+
+    Processes of a node share its pages, and what is never asked for is never read.
+    """
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entries = json.loads(stream.read(length))
+    return {
+        name: np.memmap(file, dtype, "r", 8 + length + entries[name]["data_offsets"][0], tuple(entries[name]["shape"]))
+        for name, dtype in ARRAYS.items()
+    }
 
 
 def split_size(path: str | None) -> int:

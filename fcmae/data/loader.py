@@ -44,7 +44,7 @@ class ShardReader:
     def read(self, sample: int) -> bytes:
         """The bytes of a sample's image. Raises DataError."""
         shard = self.index.shard_of(sample)
-        size, offset = int(self.index.size[sample]), int(self.index.offset[sample])
+        size, offset = int(self.index.size[sample]), self.index.offset(sample)
         data = os.pread(self._open(shard), size, offset)
         if len(data) != size:
             raise DataError(f"{self.index.path(shard)} ends inside sample {self.name(sample)}; it was cut short")
@@ -53,7 +53,7 @@ class ShardReader:
     def name(self, sample: int) -> str:
         """The name of a sample's image in its shard, read from the tar header before its bytes."""
         shard = self.index.shard_of(sample)
-        header = os.pread(self._open(shard), 512, int(self.index.offset[sample]) - 512)
+        header = os.pread(self._open(shard), 512, self.index.offset(sample) - 512)
         return header[:100].rstrip(b"\0").decode("utf-8", "replace")
 
     def _open(self, shard: int) -> int:
@@ -98,7 +98,7 @@ class Samples:
             images.append(image if image.ndim == 3 else image[..., None])
         batch = {
             "image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-            "label": torch.from_numpy(self.reader.index.label[ids]),
+            "label": torch.from_numpy(self.reader.index.label[ids].astype(np.int64)),
             "index": torch.from_numpy(ids),
         }
         if visible:

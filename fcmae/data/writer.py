@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcmae.data.index import INDEX_NAME, ShardIndex, scan_shard
+from fcmae.data.index import BLOCK, INDEX_NAME, ShardIndex, scan_shard
 from fcmae.errors import DataError
 from fcmae.files import written_whole
 
@@ -77,9 +77,9 @@ def index_shards(folder: Path, shards: list[str], classes: list[str], provenance
         shards=shards,
         shard_samples=np.array([len(scan[0]) for scan in scans], dtype=np.int64),
         shard_bytes=np.array([os.stat(folder / name).st_size for name in shards], dtype=np.int64),
-        offset=join[0],
-        size=join[1],
-        label=join[2],
+        block=(join[0] // BLOCK).astype(np.uint32),
+        size=join[1].astype(np.uint32),
+        label=join[2].astype(np.int32),
         classes=classes,
         provenance=provenance,
     )

@@ -78,7 +78,7 @@ def test_a_broken_image_is_named(tmp_path, workers):
     folder = make_split(tmp_path / "train", 24)
     index = read_index(folder)
     with open(index.path(1), "r+b") as shard:
-        shard.seek(int(index.offset[20]))
+        shard.seek(index.offset(20))
         shard.write(b"\0" * int(index.size[20]))
     with pytest.raises(DataError, match=r"shard-000001.tar: 000020.png cannot be decoded"):
         collect(folder, workers)
