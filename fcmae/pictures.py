@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fcmae.data.augment import CentreView
 from fcmae.data.index import ShardIndex
-from fcmae.data.loader import Samples, ShardReader, denormalise, normalise
+from fcmae.data.loader import UNITS, Samples, ShardReader, denormalise, normalise
 from fcmae.files import written_whole
 from fcmae.model import FCMAE
 from fcmae.sparse.tiles import patchify, unpatchify
@@ -64,12 +64,19 @@ def write_reconstructions(
     images = normalise(batch["image"].to(device), mean, std)
     masked, reconstruction = reconstruct(model, images, batch["visible"].to(device))
     hidden = masked.isnan()
-    masked = denormalise(masked.nan_to_num(), mean, std).masked_fill(hidden, round(GREY * 255))
-    save_rows([batch["image"], masked.cpu(), denormalise(reconstruction, mean, std).cpu()], path)
+    if batch["image"].dtype not in UNITS:  # numbers without a range of their own: two deviations about the mean
+        mean, std = [0.5] * model.in_chans, [0.25] * model.in_chans
+    original, masked, reconstruction = (
+        denormalise(x, mean, std).cpu() for x in (images, masked.nan_to_num(), reconstruction)
+    )
+    save_rows([original, masked.masked_fill(hidden.cpu(), round(GREY * 255)), reconstruction], path)
 
 
 def save_rows(columns: list[Tensor], path: Path, groups: int = 2) -> None:
-    """Write uint8 images (B, C, H, W), one tensor per column, as titled rows, `groups` of them side by side."""
+    """Write uint8 images (B, C, H, W), one tensor per column, as titled rows, `groups` of them side by side.
+
+    Of more than three channels the first three are shown as colours, of fewer the first as grey.
+    """
     count, channels, height, width = columns[0].shape
     zoom = -(-112 // width)
     gap, top = 6, 18
@@ -86,7 +93,7 @@ def save_rows(columns: list[Tensor], path: Path, groups: int = 2) -> None:
         group, line = divmod(number, lines)
         for column, images in enumerate(columns):
             pixels = images[number].permute(1, 2, 0).numpy()
-            pixels = pixels.repeat(3, axis=2) if channels == 1 else pixels[..., :3]
+            pixels = pixels[..., :1].repeat(3, axis=2) if channels < 3 else pixels[..., :3]
             tile = Image.fromarray(np.ascontiguousarray(pixels))
             tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
             canvas.paste(tile, (gap + group * group_w + column * cell_w, top + line * cell_h))

@@ -85,12 +85,6 @@ class DataConfig:
             low_high,
             "must be two shares of the image's area, 0 < low <= high <= 1",
         )
-        require(
-            in_chans in (1, 3),
-            "model.in_chans",
-            in_chans,
-            "image files hold 1 (grey) or 3 (RGB) channels; other counts need the Python interface, fcmae.create_model",
-        )
         for name, numbers in (("mean", self.mean), ("std", self.std)):
             if numbers is not None:
                 require(
@@ -103,8 +97,16 @@ class DataConfig:
             require(min(self.std) > 0, "data.std", self.std, "must be positive")
         require(self.train is not None, "data.train", "null", "must name a folder of shards, its index file, or demo")
         for split in ("train", "val"):
+            extensions = None
             if self.split(split) not in (None, DEMO):
-                check_shards(f"data.{split}", str(self.split(split)))
+                extensions = check_shards(f"data.{split}", str(self.split(split)))
+            require(
+                in_chans in (1, 3) or self.split(split) is None or extensions == [".npy"],
+                "model.in_chans",
+                in_chans,
+                f"image files, as in data.{split}={self.split(split)}, hold 1 (grey) or 3 (RGB) channels; "
+                "other numbers need shards of .npy arrays",
+            )
 
     def split(self, name: str) -> str | None:
         """The folder (or DEMO) a split is read from; `data.val=auto` is the folder `val` beside the training shards."""
@@ -124,12 +126,14 @@ class DataConfig:
         return self.mean or mean, self.std or std
 
 
-def check_shards(key: str, path: str) -> None:
-    """Raise unless `path` holds an index and every shard it lists, in full size."""
+def check_shards(key: str, path: str) -> list[str]:
+    """Raise unless `path` holds an index and every shard it lists, in full size; returns the images' extensions."""
     from fcmae.data.index import read_index  # numpy only, and not needed for the demo data
 
     try:
-        read_index(path).check_files()
+        index = read_index(path)
+        index.check_files()
+        return index.extensions
     except DataError as error:
         raise ConfigError(key, path, str(error)) from error
 

@@ -16,6 +16,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from fcmae.data.augment import TrainView
+from fcmae.data.decode import Picture
 from finetune.settings import AugmentConfig
 
 
@@ -41,10 +42,11 @@ class AugmentedView:
                 options["magnitude_max"] = 9.99
             self._augment = rand_augment_transform(self.rand_augment, options)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        image = self.crop(image, rng)
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Tensor:
+        view = self.crop(picture, rng)
         if self._augment is None:
-            return image
+            return view
+        image = Image.fromarray(view.permute(1, 2, 0).squeeze(2).contiguous().numpy())
         # timm draws from the global generators. They are seeded from the sample's own and put back, so that an image
         # depends on its sample alone and a step on its number alone, in whichever process the image was made.
         python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -52,7 +54,8 @@ class AugmentedView:
             first, second = rng.integers(0, 2**32, size=2)
             random.seed(int(first))
             np.random.seed(int(second))  # noqa: NPY002
-            return self._augment(image)
+            image = self._augment(image)
+            return torch.from_numpy(np.array(image).reshape(*view.shape[1:], -1)).permute(2, 0, 1)
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002

@@ -155,7 +155,14 @@ class FinetuneConfig:
             "null",
             "choose a data set, as in data=demo, or the checkpoint of a run",
         )
-        self.data.validate(int(self.model.in_chans or 3))
+        channels = int(self.model.in_chans or 3)
+        require(
+            self.augment.rand_augment is None or channels in (1, 3),
+            "augment.rand_augment",
+            self.augment.rand_augment,
+            f"must be null with model.in_chans={channels}: its operations are made for grey or RGB",
+        )
+        self.data.validate(channels)
         self._check_labels()
         check_batch_fits(self.optim.batch_size, self.data)
 

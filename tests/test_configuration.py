@@ -31,7 +31,7 @@ MISTAKES = [
     (["model.image_size=50"], "model.image_size=50: height and width must be multiples of model.patch_size=8"),
     (["model.image_size=[48,50]"], "model.image_size=[48, 50]: height and width"),
     (["model.patch_size=12"], "model.patch_size=12: must be a multiple of the encoder's total stride, 8"),
-    (["model.in_chans=4"], "model.in_chans=4: image files hold 1 (grey) or 3 (RGB) channels"),
+    (["model.in_chans=4"], "model.in_chans=4: image files, as in data.train=demo, hold 1 (grey) or 3 (RGB) channels"),
     (["model.layout=minkowsky"], "model.layout=minkowsky: must be one of packed, masked"),
     (["optim.batch_size=10", "optim.accumulate=3"], "must be a multiple of ranks × optim.accumulate = 1 × 3"),
     (["optim.batch_size=5000"], "optim.batch_size=5000: must be at most the number of training images, 4,800"),

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,6 +18,7 @@ from conftest import make_split, run_module, tiny_run
 from PIL import Image
 from safetensors.torch import load_file
 
+from fcmae.data.make_shards import main as make_shards
 from fcmae.pretraining import finetune_command
 from fcmae.settings import PretrainConfig
 
@@ -178,6 +180,29 @@ def test_bf16_grey_accumulation_and_masked_layout(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(records(tmp_path / "runs" / "demo" / "pretrain")) == 2
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [("float32", 5), ("uint16", 2)])
+def test_arrays_of_any_number_of_channels(tmp_path, dtype, channels):
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        array = rng.integers(0, 1000, (20, 26, channels)).astype(dtype)
+        (tmp_path / "arrays" / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "arrays" / f"class{number % 2}" / f"{number}.npy", array)
+    assert make_shards([str(tmp_path / "arrays"), str(tmp_path / "train")]) == 0
+    numbers = ",".join(["500"] * channels) if dtype == "float32" else ",".join(["0.01"] * channels)
+    options = [f"model.in_chans={channels}", f"data.mean=[{numbers}]", f"data.std=[{numbers}]"]
+    done = run_module("fcmae.pretrain", *tiny_run(tmp_path, *options), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "demo" / "pretrain"
+    assert all(0 < record["loss"] < 2 for record in records(run))
+    assert Image.open(next((run / "reconstructions").glob("*.png"))).width > 200
+    tune = ["checkpoint=" + str(run), "run.max_steps=2", "optim.batch_size=8", "run.dir=tuned", "data.workers=0"]
+    done = run_module("finetune.train", *tune, "augment.rand_augment=rand-m9-mstd0.5-inc1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"must be null with model.in_chans={channels}" in done.stderr
+    done = run_module("finetune.train", *tune, "augment.rand_augment=null", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_broken_image_ends_the_run_in_one_line(tmp_path):

@@ -9,7 +9,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
+
+from fcmae.data.decode import MODES, Picture
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 
@@ -54,6 +59,31 @@ def centre_box(width: int, height: int, size: tuple[int, int], crop_share: float
     return left, top, min(left + w, width), min(top + h, height)
 
 
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """(H, W, C) of any type -> (C, height, width) of the same, antialiased bicubic as Pillow's."""
+    x = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    if x.dtype == torch.uint8:
+        return F.interpolate(x, size, mode="bicubic", antialias=True).squeeze(0)
+    y = F.interpolate(x.float(), size, mode="bicubic", antialias=True).squeeze(0)
+    return y.round().clamp(0, 65535).to(x.dtype) if x.dtype == torch.uint16 else y
+
+
+def crop_resized(picture: Picture, box: Box, size: tuple[int, int]) -> Tensor:
+    """A box of a picture, resized: (C, height, width); a JPEG is decoded at a half, quarter or eighth if that does.
+
+    Nothing outside the box takes part, as in torchvision's crop.
+    """
+    left, upper, right, lower = box
+    reduction = max(
+        k for k in (1, 2, 4, 8) if k == 1 or ((lower - upper) >= k * size[0] and (right - left) >= k * size[1])
+    )
+    pixels = picture.pixels(reduction)
+    if pixels.shape[:2] != (picture.height, picture.width):
+        left, right = left // reduction, -(-right // reduction)
+        upper, lower = upper // reduction, -(-lower // reduction)
+    return resize(pixels[upper:lower, left:right], size)
+
+
 @dataclass(frozen=True)
 class TrainView:
     """RandomResizedCrop (bicubic) and horizontal flip to (height, width) `size`."""
@@ -62,11 +92,11 @@ class TrainView:
     scale: tuple[float, float] = (0.2, 1.0)
     hflip: bool = True
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        box = random_resized_crop_box(rng, image.width, image.height, self.scale)
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Tensor:
+        box = random_resized_crop_box(rng, picture.width, picture.height, self.scale)
         flip = self.hflip and rng.random() < 0.5
-        image = image.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC, box=box)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+        view = crop_resized(picture, box, self.size)
+        return view.flip(-1) if flip else view
 
 
 @dataclass(frozen=True)
@@ -76,9 +106,16 @@ class CentreView:
     size: tuple[int, int]
     crop_share: float = 1.0
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        box = centre_box(image.width, image.height, self.size, self.crop_share)
-        return image.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC, box=box)
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Tensor:
+        box = centre_box(picture.width, picture.height, self.size, self.crop_share)
+        pixels = picture.pixels()
+        if pixels.dtype != np.uint8 or picture.channels not in MODES:
+            left, upper, right, lower = (round(edge) for edge in box)
+            return resize(pixels[upper:lower, left:right], self.size)
+        # Pillow's own, whose boxes have fractions: accuracies are compared with those of others.
+        image = Image.fromarray(pixels.squeeze(2) if picture.channels == 1 else pixels)
+        image = image.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC, box=box)
+        return torch.from_numpy(np.array(image).reshape(*self.size, -1)).permute(2, 0, 1)
 
 
 def draw_visible_ids(rng: np.random.Generator, num_patches: int, count: int) -> np.ndarray:

@@ -1,14 +1,108 @@
-"""Bytes to pixels: any format Pillow reads, in any mode, to 8-bit grey or RGB."""
+"""Bytes to pixels: JPEG by libjpeg-turbo, arrays as they are, every other format by Pillow.
+
+H W pixels of an image, C channels. A picture knows its size from its header; pixels are decoded when a view asks for
+them, no larger than the view needs.
+"""
 
 from __future__ import annotations
 
 import io
 import warnings
+from abc import ABC, abstractmethod
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 MODES = {1: "L", 3: "RGB"}
+COLOURSPACES = {1: "GRAY", 3: "RGB"}
+ARRAY_TYPES = (np.uint8, np.uint16, np.float32)
+
+
+class Picture(ABC):
+    """An encoded image of `height` x `width` pixels and `channels` channels."""
+
+    height: int
+    width: int
+    channels: int
+
+    @abstractmethod
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        """(H, W, C), uint8 for image formats, the array's own type for arrays.
+
+        Args:
+            reduction: 1, 2, 4 or 8; the result may be smaller by that factor, rounded up, where that decodes quicker.
+
+        Raises:
+            OSError, SyntaxError, ValueError: for bytes that cannot be decoded completely.
+        """
+
+
+class JpegPicture(Picture):
+    def __init__(self, data: bytes, channels: int) -> None:
+        self.height, self.width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
+        if colourspace in ("CMYK", "YCCK"):
+            raise ValueError("no conversion from inks")
+        self.data, self.channels = data, channels
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        least = {}
+        if reduction > 1:  # the decoder takes the smallest scale that is still as large
+            least = {"min_height": -(-self.height // reduction), "min_width": -(-self.width // reduction)}
+        try:
+            return simplejpeg.decode_jpeg(self.data, COLOURSPACES[self.channels], **least)
+        except ValueError:  # of damage that Pillow may know how to pass over, and names better if not
+            return PillowPicture(self.data, self.channels).pixels()
+
+
+class PillowPicture(Picture):
+    def __init__(self, data: bytes, channels: int) -> None:
+        with Image.open(io.BytesIO(data)) as image:
+            self.width, self.height = image.size
+        self.data, self.channels = data, channels
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        return np.array(decode_image(self.data, self.channels)).reshape(self.height, self.width, self.channels)
+
+
+class ArrayPicture(Picture):
+    """A `.npy` file of (H, W, C) or, with one channel, (H, W)."""
+
+    def __init__(self, data: bytes, channels: int | None) -> None:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        array = array.astype(array.dtype.newbyteorder("="))
+        if array.ndim == 2:
+            array = array[..., None]
+        if (
+            array.ndim != 3
+            or array.shape[2] != (channels or array.shape[2])
+            or array.dtype not in ARRAY_TYPES
+            or 0 in array.shape
+        ):
+            raise ValueError(
+                f"holds an array {array.dtype} {array.shape}; it must be height × width × {channels or 'channels'} "
+                "of uint8, uint16 or float32"
+            )
+        self.array = array
+        self.height, self.width, self.channels = array.shape
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        return self.array
+
+
+def open_picture(data: bytes, channels: int | None) -> Picture:
+    """The picture in the bytes of a file; None takes arrays of any number of channels. Raises like `Picture.pixels`."""
+    if data[:6] == b"\x93NUMPY":
+        return ArrayPicture(data, channels)
+    channels = channels or 3
+    if channels not in MODES:
+        raise ValueError(f"image files hold 1 (grey) or 3 (RGB) channels, not {channels}")
+    if data[:2] == b"\xff\xd8":
+        try:
+            return JpegPicture(data, channels)
+        except ValueError:  # inks, or a header that libjpeg-turbo does not take
+            pass
+    return PillowPicture(data, channels)
 
 
 def decode_image(data: bytes, channels: int) -> Image.Image:

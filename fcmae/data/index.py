@@ -32,7 +32,7 @@ ARRAYS = {
     "size": np.uint32,
     "label": np.int32,
 }
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 
 
 @dataclass
@@ -48,6 +48,7 @@ class ShardIndex:
     label: np.ndarray  # (N,) int32, -1 = none
     classes: list[str] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
+    extensions: list[str] = field(default_factory=list)  # of the images, as in their names; not known of old indices
 
     def __post_init__(self) -> None:
         self._first = np.concatenate([[0], np.cumsum(self.shard_samples)])
@@ -106,6 +107,7 @@ class ShardIndex:
             "shards": json.dumps(self.shards),
             "classes": json.dumps(self.classes),
             "provenance": json.dumps(self.provenance),
+            "extensions": json.dumps(self.extensions),
         }
         arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=dtype) for name, dtype in ARRAYS.items()}
         with written_whole(self.folder / INDEX_NAME) as temporary:
@@ -139,6 +141,7 @@ def read_index(path: str | Path) -> ShardIndex:
         shards=json.loads(header["shards"]),
         classes=json.loads(header["classes"]),
         provenance=json.loads(header["provenance"]),
+        extensions=json.loads(header.get("extensions", "[]")),
         **arrays,
     )
 
@@ -166,16 +169,18 @@ def split_size(path: str | None) -> int:
     return len(read_index(str(path)))
 
 
-def scan_shard(path: Path) -> tuple[list[int], list[int], list[int]]:
-    """Offsets and sizes of the images and their labels (-1 = none), read from the headers of one tar."""
+def scan_shard(path: Path) -> tuple[list[int], list[int], list[int], set[str]]:
+    """Offsets and sizes of the images, their labels (-1 = none) and extensions, read from the headers of one tar."""
     images: dict[str, tuple[int, int]] = {}
+    extensions = set()
     labels: dict[str, int] = {}
     with tarfile.open(path, "r:") as archive:
         for member in archive:
             stem, extension = os.path.splitext(member.name)
             if extension.lower() in IMAGE_EXTENSIONS:
                 images[stem] = (member.offset_data, member.size)
+                extensions.add(extension.lower())
             elif extension == ".cls":
                 labels[stem] = int(archive.extractfile(member).read())  # type: ignore[union-attr]
     offsets, sizes = ([image[field] for image in images.values()] for field in (0, 1))
-    return offsets, sizes, [labels.get(stem, -1) for stem in images]
+    return offsets, sizes, [labels.get(stem, -1) for stem in images], extensions

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae.data.augment import draw_visible_ids
-from fcmae.data.decode import decode_image
+from fcmae.data.decode import Picture, open_picture
 from fcmae.data.index import ShardIndex
 from fcmae.data.order import BatchPlan, sample_generator
 from fcmae.errors import DataError
@@ -29,8 +28,11 @@ from fcmae.errors import DataError
 # What decides how a sample looks or which step sees it; a continued run must keep that. Where the training
 # shards lie may change, what is in them may not: that is their fingerprint.
 FIXED_DATA = ("data.crop_scale", "data.hflip", "data.block_shards", "data.mean", "data.std")
-View = Callable[[Image.Image, np.random.Generator], Image.Image]
+View = Callable[[Picture, np.random.Generator], Tensor]
 Batch = dict[str, Tensor]
+
+
+UNITS = {torch.uint8: 255, torch.uint16: 65535}  # what counts as 1; float32 is taken as it is
 
 
 class ShardReader:
@@ -94,10 +96,9 @@ class Samples:
             rng = sample_generator(self.seed, epoch, sample)
             if self.visible:
                 visible.append(draw_visible_ids(rng, self.num_patches, self.visible))
-            image = np.asarray(self.view(self.decode(sample), rng))
-            images.append(image if image.ndim == 3 else image[..., None])
+            images.append(self.image(sample, rng))
         batch = {
-            "image": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+            "image": self.stack(images, ids),
             "label": torch.from_numpy(self.reader.index.label[ids].astype(np.int64)),
             "index": torch.from_numpy(ids),
         }
@@ -105,13 +106,24 @@ class Samples:
             batch["visible"] = torch.from_numpy(np.stack(visible))
         return batch
 
-    def decode(self, sample: int) -> Image.Image:
+    def image(self, sample: int, rng: np.random.Generator) -> Tensor:
+        """A sample's view, (C, H, W). Raises DataError."""
         data = self.reader.read(sample)
         try:
-            return decode_image(data, self.channels)
+            return self.view(open_picture(data, self.channels), rng)
         except Exception as error:  # Pillow raises a dozen types for broken bytes; each is named, none swallowed
-            shard = self.reader.index.path(self.reader.index.shard_of(sample))
-            raise DataError(f"{shard}: {self.reader.name(sample)} cannot be decoded: {error}") from error
+            raise DataError(f"{self.where(sample)} cannot be decoded: {error}") from error
+
+    def stack(self, images: list[Tensor], ids: np.ndarray) -> Tensor:
+        """(B, C, H, W), contiguous. Raises DataError if the arrays of a batch are of several types."""
+        for image, sample in zip(images, ids.tolist(), strict=True):
+            if image.dtype != images[0].dtype:
+                raise DataError(f"{self.where(sample)} holds {image.dtype}, other samples {images[0].dtype}")
+        return torch.stack(images)
+
+    def where(self, sample: int) -> str:
+        """Shard and name of a sample."""
+        return f"{self.reader.index.path(self.reader.index.shard_of(sample))}: {self.reader.name(sample)}"
 
 
 class _Batches(Dataset):
@@ -185,10 +197,10 @@ def _start_worker(worker: int) -> None:
 
 
 def normalise(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """(B, C, H, W) uint8 on any device -> float32, (x / 255 - mean) / std per channel."""
+    """(B, C, H, W) on any device -> float32, (x - mean) / std per channel, x in 0–1 for uint8 and uint16."""
     shift = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
     scale = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
-    return (images.float() / 255 - shift) / scale
+    return (images.float() / UNITS.get(images.dtype, 1) - shift) / scale
 
 
 def denormalise(images: Tensor, mean: list[float], std: list[float]) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fcmae.data.decode import decode_image
+from fcmae.data.decode import open_picture
 from fcmae.data.index import IMAGE_EXTENSIONS
 from fcmae.data.writer import Sample
 from fcmae.errors import DataError
@@ -56,7 +56,7 @@ def image_files(folder: Path) -> list[Path]:
 def why_broken(data: bytes) -> str | None:
     """Why image bytes cannot be decoded, or None if they can."""
     try:
-        decode_image(data, 3)
+        open_picture(data, None).pixels()
     except UnidentifiedImageError:
         return "is in no image format that Pillow knows"
     except Exception as error:  # Pillow raises a dozen types; whichever it is, the file is named and left out

@@ -82,4 +82,5 @@ def index_shards(folder: Path, shards: list[str], classes: list[str], provenance
         label=join[2].astype(np.int32),
         classes=classes,
         provenance=provenance,
+        extensions=sorted(set().union(*(scan[3] for scan in scans))),
     )
