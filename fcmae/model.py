@@ -19,6 +19,7 @@ from fcmae import architecture
 from fcmae.errors import ConfigError
 from fcmae.sparse.encoder import Block, Layout, adopt_blocks, encode
 from fcmae.sparse.masked import DenseLayout, MaskedLayout
+from fcmae.sparse.native import plain
 from fcmae.sparse.packed import PackedLayout
 from fcmae.sparse.tiles import Grid, TileIndex, draw_visible, patchify, removed_mask, removed_on_map, scatter_tiles
 
@@ -163,6 +164,13 @@ class FCMAE(nn.Module):
                 f"visible is {visible.dtype} of shape {tuple(visible.shape)}; "
                 f"it must be int64 (B, V) with B={images.shape[0]}"
             )
+        if visible.numel() == 0:
+            raise ValueError(f"visible has shape {tuple(visible.shape)}; a batch needs an image and a visible patch")
+        # A look costs nothing on a CPU, but a wait for the device elsewhere.
+        if plain(visible) and not torch.compiler.is_compiling():
+            ids = visible.sort(dim=1).values
+            if ids[:, 0].min() < 0 or ids[:, -1].max() >= self.num_patches or not (ids.diff(dim=1) > 0).all():
+                raise ValueError(f"visible must hold different patch ids from 0 to {self.num_patches - 1} per image")
         return encode(self.encoder, images, LAYOUTS[self._layout](visible, self.grid))
 
     def forward_decoder(self, features: Tensor, visible: Tensor) -> Tensor:
@@ -210,6 +218,8 @@ class FCMAE(nn.Module):
         """
         if visible is None:
             visible = self.draw_visible(images.shape[0], generator)
+        if visible.ndim == 2 and visible.shape[1] >= self.num_patches:
+            raise ValueError(f"visible holds all {self.num_patches} patches; the loss needs a removed one")
         prediction = self.forward_decoder(self.encode(images, visible), visible)
         mask = removed_mask(visible, self.num_patches)
         return FCMAEOutput(self.forward_loss(images, prediction, mask), prediction, mask)

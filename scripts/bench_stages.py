@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_sparse import DTYPES, gemm_peak, keep_freed_memory, synchronise, table
+from bench_sparse import DTYPES, check_device, gemm_peak, keep_freed_memory, synchronise, table
 
 from fcmae.architecture import SIZES
 from fcmae.model import create_model
@@ -71,6 +71,10 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--chunk-mib", type=float, help="hidden activations worked on at a time on a CPU")
     arguments = parser.parse_args()
+    for name in ("batch", "repeats"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    check_device(parser, arguments.device)
     if arguments.chunk_mib:
         mlp.CHUNK_BYTES = int(arguments.chunk_mib * 2**20)
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]

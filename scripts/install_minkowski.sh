@@ -24,6 +24,10 @@ cuda=""
 case "${1:-}" in
   "") ;;
   --cuda) cuda="-cuda" ;;
+  -h | --help)
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+    exit 0
+    ;;
   *) fail "unknown argument $1; usage: scripts/install_minkowski.sh [--cuda]" ;;
 esac
 

@@ -64,6 +64,10 @@ def test_missed_musts_are_said_and_fail(bench, monkeypatch, capsys):
         (["--sizes", "gigantic"], "--sizes gigantic: must be among"),
         (["--sizes", "mini", "--layouts", "sparse"], "--layouts sparse: must be among packed, masked, minkowski"),
         (["--batch", "0"], "--batch 0: must be at least 1"),
+        (["--image-size", "100"], "--image-size 100: must be a multiple of 32"),
+        (["--mask-ratio", "1.5"], "--mask-ratio 1.5: must be greater than 0 and less than 1"),
+        (["--device", "nowhere"], "--device nowhere: "),
+        (["--json", "/nowhere/x.json"], "--json /nowhere/x.json: no such folder"),
     ],
 )
 def test_wrong_arguments_are_named(bench, capsys, arguments, message):

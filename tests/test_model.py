@@ -164,6 +164,20 @@ def test_bad_inputs_are_named():
         model.layout = "nope"
 
 
+def test_visible_patches_that_cannot_be_are_named():
+    model = fcmae.create_model("mini", image_size=64, patch_size=32)
+    images = torch.randn(2, 3, 64, 64)
+    for ids in ([[0, 0], [0, 1]], [[0, 1], [1, 4]], [[-1, 0], [0, 1]]):
+        with pytest.raises(ValueError, match="visible must hold different patch ids from 0 to 3 per image"):
+            model(images, torch.tensor(ids))
+    with pytest.raises(ValueError, match="visible holds all 4 patches; the loss needs a removed one"):
+        model(images, torch.arange(4).expand(2, 4))
+    assert model.encode(images, torch.arange(4).expand(2, 4)).shape[1] == 4
+    for batch, count in ((0, 2), (2, 0)):
+        with pytest.raises(ValueError, match=r"a batch needs an image and a visible patch"):
+            model(images[:batch], torch.zeros(batch, count, dtype=torch.int64))
+
+
 def test_batch_of_one_trains():
     model = fcmae.create_model("mini", image_size=64, mask_ratio=0.5, decoder_dim=16)
     model(torch.randn(1, 3, 64, 64)).loss.backward()

@@ -77,9 +77,9 @@ struct Normal<float, W> {
   }
 
   // 2^k 2^f with |f| <= 1/2; 2^f by its Taylor series, 7 terms past the constant one: 5e-9.
-  static inline Vector exp_of_negative(Vector x) {
-    const Vector least = Vector{} - 87.0f;  // e^-87 is the last power above the denormal numbers
-    x = x < least ? least : x;
+  static inline Vector exp_of_negative(const Vector& given) {
+    const Vector least = Vector{} - 87.0f, zero{};  // e^-87 is the last power above the denormal numbers
+    const Vector x = given < least ? least : given;
     const Vector scaled = x * 1.44269504f;
     const Vector shifted = scaled + 12582912.0f;  // 1.5 · 2^23: rounds to whole numbers and leaves them in the low bits
     const Vector f = scaled - (shifted - 12582912.0f);
@@ -96,7 +96,7 @@ struct Normal<float, W> {
     std::memcpy(&exponent, &power, sizeof exponent);
     exponent += bits << 23;
     std::memcpy(&power, &exponent, sizeof power);
-    return power;
+    return given < least ? zero : power;
   }
 };
 

@@ -30,7 +30,7 @@ from fcmae.sparse.tiles import TileIndex
 
 def implementation(tiles: Tensor, kernel: int) -> ModuleType:
     """The module that computes the convolution of (B, V, T, T, C) tiles with a kernel of side `kernel`."""
-    if tiles.device.type == "cpu" and depthwise_cpu.supports(tiles, kernel):
+    if depthwise_cpu.supports(tiles, kernel):
         return depthwise_cpu
     if tiles.device.type == "cuda" and _has_triton():
         from fcmae.sparse import depthwise_triton

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fcmae.sparse.native import call, library
+from fcmae.sparse.native import call, library, plain
 from fcmae.sparse.tiles import Grid
 
 KERNEL = 7  # the only side that the source is written for
@@ -21,7 +21,7 @@ _SUMS = 32
 
 def supports(tiles: Tensor, kernel: int) -> bool:
     """Whether the functions below can take these tiles; the first call builds the library."""
-    return kernel == KERNEL and library("depthwise_cpu", _real(tiles)) is not None
+    return kernel == KERNEL and plain(tiles) and library("depthwise_cpu", _real(tiles)) is not None
 
 
 def depthwise(tiles: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, slots: Tensor, grid: Grid) -> Tensor:

@@ -60,7 +60,11 @@ class Layout(ABC):
 
 
 class Block(ConvNeXtBlock):
-    """timm's ConvNeXt V2 block that also runs over a layout; without one it is timm's block, unchanged."""
+    """timm's ConvNeXt V2 block that also runs over a layout; without one it is timm's block, unchanged.
+
+    Over a layout the block's parameters are read and its sub-modules, but for drop path, not called: hooks belong on
+    the block, and what changes weights, such as LoRA or weight norm, on its parameters (`torch.nn.utils.parametrize`).
+    """
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         if layout is None:

@@ -43,6 +43,20 @@ class _ChannelwiseConvolution(ME.MinkowskiChannelwiseConvolution):
         pass
 
 
+class _Once(torch.autograd.Function):
+    """Identity that refuses `create_graph`: second derivatives by MinkowskiEngine's functions are silently wrong."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("layout minkowski has first derivatives only; use masked with create_graph=True")
+        return grad
+
+
 class MinkowskiLayout(Layout):
     """Features are (N, C); only visible sites exist.
 
@@ -155,7 +169,7 @@ class MinkowskiLayout(Layout):
                 out = torch.func.functional_call(depthwise, {"kernel": kernel.squeeze(1)}, (given,)).F
             if conv.bias is not None:
                 out = out + conv.bias.to(dtype)
-        return out.to(x.dtype)
+        return _Once.apply(out).to(x.dtype)
 
     def _match(
         self,

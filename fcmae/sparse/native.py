@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -29,14 +30,26 @@ REALS = {torch.float32: "float", torch.float64: "double"}
 @functools.cache
 def _compiler() -> tuple[str, ...]:
     """The command of a C++ compiler; empty, after a warning, where there is none."""
-    command = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")
-    if not command:
+    command = os.environ.get("CXX", "").split() or [
+        next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")
+    ]
+    if not command[0]:
         _warn("no C++ compiler (c++, g++ or clang++) found")
-    return tuple(command.split())
+        return ()
+    return tuple(command)
+
+
+def plain(x: Tensor) -> bool:
+    """Whether `x` has numbers in the CPU's memory, and does not stand for another as in tracing and estimating."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not torch.jit.is_tracing()
 
 
 def _warn(reason: str) -> None:
     warnings.warn(f"the packed layout runs in plain PyTorch on the CPU, which is slower: {reason}", stacklevel=3)
+
+
+def _source(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.cpp")
 
 
 @functools.cache
@@ -49,52 +62,71 @@ def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     """
     if not _compiler():
         return None
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source = _source(name)
     contents = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     command = [*_compiler(), *_FLAGS, f"-DREAL={REALS[dtype]}", str(source), "-o"]
     try:
         key = hashlib.sha256(
             b"\0".join([" ".join(command).encode(), contents, _version().encode(), _processor().encode()])
         )
-        return ctypes.CDLL(str(_built(f"{name}-{key.hexdigest()[:16]}.so", command)))
+        path = _built(f"{name}-{key.hexdigest()[:16]}.so", command)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # cut short by a full disk, say
+            path.unlink()
+            return ctypes.CDLL(str(_built(path.name, command)))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        lines = [line for line in detail.splitlines() if line.strip()]
-        reason = next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
-        _warn(f"{name}.cpp: {reason}")
+        _warn(f"{name}.cpp: {_reason(error)}")
         return None
 
 
-def call(name: str, dtype: torch.dtype, function: str, *arguments: Tensor | float | tuple[int, ...] | None) -> None:
-    """Call a function of a library: tensors and tuples as pointers (None as null), numbers as int64 or double, threads.
+def _reason(error: Exception) -> str:
+    """The line of a compiler's words that matters, or what else went wrong."""
+    said = getattr(error, "stderr", None) or b""
+    said = said.decode(errors="replace") if isinstance(said, bytes) else said  # bytes after a timeout
+    lines = [line for line in said.splitlines() if line.strip()]
+    if lines:
+        return next((line for line in lines if "error" in line), lines[0])
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{error.cmd[0]} took more than {error.timeout:.0f} s"
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{error.cmd[0]} failed with exit code {error.returncode} and said nothing"
+    return str(error) or type(error).__name__
 
-    Tensors must be contiguous and, where they are of a floating type, of `dtype`.
+
+def call(name: str, dtype: torch.dtype, function: str, *arguments: Tensor | float | tuple[int, ...] | None) -> None:
+    """Call a function of a library with `arguments` and the number of threads.
+
+    Tensors and tuples are passed as pointers, None as a null pointer. Tensors must be contiguous and, where they are of
+    a floating type, of `dtype`.
     """
-    key = name, dtype, function
-    handle = _handles.get(key) or _handles.setdefault(key, _handle(*key, arguments))
     converted: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
+            pointer = argument.data_ptr()
             if not argument.is_contiguous() or (argument.dtype != dtype and argument.is_floating_point()):
                 raise ValueError(f"{function}: tensors must be contiguous {dtype}; got strides {argument.stride()}")
-            converted.append(argument.data_ptr())
+            if pointer == 0 and argument.numel() > 0:
+                raise ValueError(f"{function}: a {type(argument).__name__} has no memory to work on")
+            converted.append(pointer)
         elif isinstance(argument, tuple):
             converted.append((ctypes.c_int64 * len(argument))(*argument))
         else:
             converted.append(argument)
-    handle(*converted, torch.get_num_threads())
+    _handle(name, dtype, function)(*converted, torch.get_num_threads())
 
 
-_handles: dict[tuple[str, torch.dtype, str], Any] = {}
-
-
-def _handle(name: str, dtype: torch.dtype, function: str, arguments: tuple) -> Any:
-    """A function with its argument types, which make calls cheap; those of its first call are those of all."""
+@functools.cache
+def _handle(name: str, dtype: torch.dtype, function: str) -> Any:
+    """A function with the argument types of its declaration."""
     loaded = library(name, dtype)
     assert loaded is not None
-    handle = loaded[function]  # indexing makes a new one
-    types: dict[type, Any] = {float: ctypes.c_double, int: ctypes.c_int64}
-    handle.argtypes = [*(types.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int64]
+    declared = re.search(rf'^extern "C" void {function}\(([^)]*)\)', _source(name).read_text(), re.MULTILINE)
+    assert declared is not None
+    handle = loaded[function]
+    numbers: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+    parameters = declared[1].split(",")
+    handle.argtypes = [ctypes.c_void_p if "*" in p else numbers[p.split()[0]] for p in parameters]
     handle.restype = None
     return handle
 
@@ -122,6 +154,8 @@ def _built(name: str, command: list[str]) -> Path:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         _run(*command, str(folder / name))
+        if not (folder / name).exists():
+            raise OSError(f"{command[0]} made no library")
         if cache is None:
             return folder / name
         # Beside its final name and renamed: several processes may be building the same.

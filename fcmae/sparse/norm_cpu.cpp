@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "channels.h"
 
@@ -58,7 +59,9 @@ inline void normalise_row(const T* x, int64_t channels, const T* weight, const T
     const auto d = Access<T, W, ALL>::load(x + c, n) - middle;
     second.template add<W, ALL>(d * d, n);
   });
-  const T factor = 1 / std::sqrt(second.total() / channels + eps);
+  const T variance = second.total() / channels + eps;
+  // A row that overflows becomes NaN, as in torch's: 1 / sqrt(inf) = 0 would hide that a run has diverged.
+  const T factor = std::isinf(variance) ? std::numeric_limits<T>::quiet_NaN() : 1 / std::sqrt(variance);
   for_channels<T>(0, channels, [&]<int W, bool ALL>(int64_t c, int64_t n) {
     using A = Access<T, W, ALL>;
     A::store(y + c, (A::load(x + c, n) - middle) * factor * A::load(weight + c, n) + A::load(bias + c, n), n);

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fcmae.sparse.native import REALS, call, library
+from fcmae.sparse.native import REALS, call, library, plain
 
 # Parts in which the sum over rows is taken, and rows of one part: fixed, so that it does not depend on the threads.
 _SUMS, _ROWS_PER_SUM = 32, 64
@@ -17,9 +17,11 @@ _SUMS, _ROWS_PER_SUM = 32, 64
 
 def supports(x: Tensor) -> bool:
     """Whether the functions below can take tensors like `x`; the first call builds the libraries."""
-    if x.device.type != "cpu" or x.dtype not in REALS:
-        return False
-    return all(library(name, x.dtype) is not None for name in ("norm_cpu", "activation_cpu"))
+    return (
+        x.dtype in REALS
+        and plain(x)
+        and all(library(name, x.dtype) is not None for name in ("norm_cpu", "activation_cpu"))
+    )
 
 
 def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:

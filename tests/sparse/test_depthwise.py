@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -181,65 +179,3 @@ def test_wrong_shapes_are_named():
         packed_depthwise(tiles, weight[..., :4, :4], bias, index)
     with pytest.raises(ValueError, match=r"weight has shape \(2, 1, 7, 7\); it must be \(3, 1, K, K\)"):
         packed_depthwise(tiles, weight[:2], bias, index)
-
-
-PROGRAM = """
-import torch, warnings
-from fcmae.sparse import depthwise_cpu
-from fcmae.sparse.depthwise import implementation
-from fcmae.sparse.native import library
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        print(implementation(torch.empty(1, 1, 2, 2, 3), 7).__name__)
-print(*(str(w.message) for w in caught), sep="\\n")
-"""
-
-
-def run_program(tmp_path, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env={"XDG_CACHE_HOME": str(tmp_path)} | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def test_without_a_compiler_one_warning_and_plain_pytorch(tmp_path):
-    dense, again, warning = run_program(tmp_path, PATH=str(tmp_path))
-    assert dense == again == "fcmae.sparse.depthwise_dense"
-    assert warning == (
-        "the packed layout runs in plain PyTorch on the CPU, which is slower: "
-        "no C++ compiler (c++, g++ or clang++) found"
-    )
-
-
-@pytest.mark.parametrize("says_its_version", [True, False])
-def test_a_compiler_that_fails_is_one_warning(tmp_path, says_its_version):
-    broken = tmp_path / "c++"
-    version = '[ "$1" = --version ] && exit 0\n' if says_its_version else ""
-    broken.write_text(f'#!/bin/sh\n{version}echo "x.cpp:1: error: no such thing" >&2; exit 1\n')
-    broken.chmod(0o755)
-    dense, _, warning = run_program(tmp_path, PATH="/usr/bin:/bin", CXX=str(broken))
-    assert dense == "fcmae.sparse.depthwise_dense"
-    assert warning.endswith("slower: depthwise_cpu.cpp: x.cpp:1: error: no such thing")
-    assert not list(tmp_path.glob("fcmae/native/*"))
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
-    (tmp_path / "fcmae").write_text("a file where the folder should be")
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    built = run_program(tmp_path, PATH="/usr/bin:/bin", TMPDIR=str(temporary))
-    assert built == ["fcmae.sparse.depthwise_cpu"] * 2 + [""]
-    assert not list(temporary.iterdir())  # removed at the end
-
-
-def test_what_was_built_is_used_again(tmp_path):
-    assert run_program(tmp_path, PATH="/usr/bin:/bin") == ["fcmae.sparse.depthwise_cpu"] * 2 + [""]
-    (built,) = (tmp_path / "fcmae" / "native").iterdir()
-    before = built.stat()
-    run_program(tmp_path, PATH="/usr/bin:/bin")
-    assert built.stat().st_ino == before.st_ino

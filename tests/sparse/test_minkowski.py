@@ -252,3 +252,12 @@ def test_a_library_that_does_not_load_is_one_line(monkeypatch):
     line = r"^layout=minkowski: MinkowskiEngine does not load here \(.+\); scripts/install_minkowski.sh builds it for"
     with pytest.raises(ConfigError, match=line):
         LAYOUTS["minkowski"](torch.zeros(1, 1, dtype=torch.int64), (1, 1))
+
+
+def test_there_is_no_second_derivative():
+    model = small_model(image_size=64, patch_size=16, stem_stride=2)
+    model.layout = "minkowski"
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    features = model.encode(images, model.draw_visible(1))
+    with pytest.raises(RuntimeError, match="layout minkowski has first derivatives only"):
+        torch.autograd.grad(features.square().sum(), images, create_graph=True)

@@ -98,6 +98,14 @@ def test_float32_is_as_good_as_the_type():
     nothing = torch.zeros(1, 400)  # reaches the activations by way of the norm, so the slope alone is left
     pointwise_cpu.activation_gradient(h, zeros, out, None, sums, ones, 1e-6, slopes, nothing)
     assert ((slopes - slope).abs() / rounding).max() < 3
+    huge = torch.tensor([1e10, 1e25, 3e38, -1e10, -1e25, -3e38]).repeat(1, 1, 8)
+    out, slopes = torch.empty_like(huge), torch.ones_like(huge)
+    sums, _ = pointwise_cpu.activate(huge, zeros[:48], ones[:48], None, 1e-6, out)
+    torch.testing.assert_close(out, huge.clamp_min(0))
+    pointwise_cpu.activation_gradient(
+        huge, zeros[:48], out, None, zeros[:48].view(1, -1), ones[:48], 1e-6, slopes, nothing[:, :48]
+    )
+    torch.testing.assert_close(slopes, (huge > 0).float())
     nan = torch.full((1, 1, 16), torch.nan)
     out = torch.zeros_like(nan)
     pointwise_cpu.activate(nan, zeros[:16], ones[:16], None, 1e-6, out)

@@ -92,6 +92,12 @@ def test_constant_rows_and_nan():
     assert y[0, 0, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e20, 1e30, float("inf")])
+def test_rows_that_overflow_are_nan(scale):
+    x, layer = inputs(1, 2, 20, torch.float32)
+    assert patch_norm(x.detach() * scale, layer).isnan().all()
+
+
 def test_under_autocast_it_answers_in_float32():
     x, layer = inputs(2, 2, 12, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
