@@ -14,7 +14,7 @@ from fcmae.configuration import conf_dir, override
 from fcmae.convert import save_encoder
 from fcmae.data.augment import TrainView
 from fcmae.data.loader import FIXED_DATA, Batch, Samples, ShardReader, normalise, train_batches
-from fcmae.data.splits import open_split, plan_batches
+from fcmae.data.splits import open_faults, open_split, plan_batches
 from fcmae.model import FCMAE, create_model
 from fcmae.pictures import write_reconstructions
 from fcmae.runtime.distributed import Ranks, ranks
@@ -112,7 +112,8 @@ class _Pretraining:
             model.num_visible,
         )
         parts = config.optim.accumulate
-        return train_batches(samples, self.plan, step * parts, self.stop_at * parts, config.data.workers)
+        faults = open_faults(config.data, self.display)
+        return train_batches(samples, self.plan, step * parts, self.stop_at * parts, config.data.workers, faults)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(normalise(batch["image"], self.mean, self.std), batch["visible"]).loss

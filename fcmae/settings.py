@@ -74,10 +74,19 @@ class DataConfig:
     mean: list[float] | None = None
     std: list[float] | None = None
     block_shards: int = 16
+    on_error: str = "raise"
+    max_bad_fraction: float = 0.01
 
     def validate(self, in_chans: int) -> None:
         require(self.workers >= 0, "data.workers", self.workers, "must be at least 0")
         require(self.block_shards >= 1, "data.block_shards", self.block_shards, "must be at least 1")
+        require(self.on_error in ("raise", "skip"), "data.on_error", self.on_error, "must be raise or skip")
+        require(
+            0 <= self.max_bad_fraction < 1,
+            "data.max_bad_fraction",
+            self.max_bad_fraction,
+            "must be at least 0 and below 1",
+        )
         low_high = self.crop_scale
         require(
             len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= 1,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fcmae.data.loader import Batch, normalise
+from fcmae.errors import DataError
 from fcmae.runtime.distributed import Ranks
 
 
@@ -18,7 +19,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy in percent and mean cross-entropy over all ranks' batches: {"top1", "top5", "val_loss", "images"}.
 
-    With fewer than five classes, top5 counts all of them.
+    With fewer than five classes, top5 counts all of them. Raises DataError if there was no image at all.
     """
     was_training = model.training
     model.eval()
@@ -34,4 +35,6 @@ def evaluate(
         totals += torch.stack([best[:, 0].sum(), best.sum(), loss, loss.new_tensor(len(labels))]).to(totals)
     model.train(was_training)
     top1, top5, loss_sum, count = ranks.sum(totals).tolist()
+    if count == 0:
+        raise DataError("no image of the validation split could be used")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "val_loss": loss_sum / count, "images": int(count)}

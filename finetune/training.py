@@ -21,7 +21,7 @@ from fcmae.architecture import pair
 from fcmae.convert import load_encoder, read_encoder
 from fcmae.data.augment import CentreView, TrainView
 from fcmae.data.loader import FIXED_DATA, Batch, Samples, ShardReader, evaluation_batches, normalise, train_batches
-from fcmae.data.splits import open_split, plan_batches
+from fcmae.data.splits import open_faults, open_split, plan_batches
 from fcmae.files import written_whole
 from fcmae.model import create_encoder
 from fcmae.runtime.distributed import Ranks, ranks
@@ -95,7 +95,8 @@ class _Finetuning:
 
         def batches(step: int) -> Iterator[Batch]:
             a = config.optim.accumulate
-            return train_batches(samples, plan, step * a, stop_at * a, config.data.workers)
+            faults = open_faults(config.data, self.display)
+            return train_batches(samples, plan, step * a, stop_at * a, config.data.workers, faults)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             images, targets = augment(normalise(batch["image"], self.mean, self.std), batch["label"])
@@ -150,8 +151,9 @@ class _Finetuning:
         )
 
         def score(model: nn.Module) -> dict[str, float]:
+            faults = open_faults(config.data, self.display)
             batches = evaluation_batches(
-                samples, config.eval.batch_size, self.me.rank, self.me.count, config.data.workers
+                samples, config.eval.batch_size, self.me.rank, self.me.count, config.data.workers, faults
             )
             return evaluate(model, batches, self.me, self.mean, self.std, config.run.precision == "bf16")
 

@@ -39,6 +39,8 @@ MISTAKES = [
     (["optim.warmup_epochs=900"], "optim.warmup_epochs=900.0: must be at least 0 and less than optim.epochs=9"),
     (["optim.betas=[0.9]"], "optim.betas=[0.9]: must be two numbers in [0, 1)"),
     (["data.train=/nowhere"], "data.train=/nowhere: no such file or folder"),
+    (["data.on_error=ignore"], "data.on_error=ignore: must be raise or skip"),
+    (["data.max_bad_fraction=1"], "data.max_bad_fraction=1.0: must be at least 0 and below 1"),
     (["data.mean=[0.5]"], "data.mean=[0.5]: must be 3 finite numbers"),
     (["data.crop_scale=[0.5,0.2]"], "data.crop_scale=[0.5, 0.2]: must be two shares"),
     (["run.compile=true", "model.layout=minkowski"], "run.compile=true: model.layout=minkowski cannot be compiled"),

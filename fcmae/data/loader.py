@@ -11,8 +11,8 @@ import os
 import signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fcmae.data.augment import draw_visible_ids
 from fcmae.data.decode import Picture, open_picture
-from fcmae.data.index import ShardIndex
-from fcmae.data.order import BatchPlan, sample_generator
+from fcmae.data.faults import Faults
+from fcmae.data.index import BLOCK, ShardIndex
+from fcmae.data.order import BatchPlan, replacement, sample_generator
 from fcmae.errors import DataError
 
 # What decides how a sample looks or which step sees it; a continued run must keep that. Where the training
@@ -30,6 +31,9 @@ from fcmae.errors import DataError
 FIXED_DATA = ("data.crop_scale", "data.hflip", "data.block_shards", "data.mean", "data.std")
 View = Callable[[Picture, np.random.Generator], Tensor]
 Batch = dict[str, Tensor]
+Bad = list[tuple[int, str]]  # samples that could not be used, and why
+NONE = np.empty(0, dtype=np.int64)
+ATTEMPTS = 10  # samples tried for one place
 
 
 UNITS = {torch.uint8: 255, torch.uint16: 65535}  # what counts as 1; float32 is taken as it is
@@ -47,10 +51,16 @@ class ShardReader:
         """The bytes of a sample's image. Raises DataError."""
         shard = self.index.shard_of(sample)
         size, offset = int(self.index.size[sample]), self.index.offset(sample)
-        data = os.pread(self._open(shard), size, offset)
-        if len(data) != size:
-            raise DataError(f"{self.index.path(shard)} ends inside sample {self.name(sample)}; it was cut short")
-        return data
+        data = os.pread(self._open(shard), BLOCK + size, offset - BLOCK)
+        if len(data) != BLOCK + size:
+            raise DataError(f"{self.index.path(shard)} ends inside sample {sample:,} of the index; it was cut short")
+        header = data[:BLOCK]
+        if header[257:262] != b"ustar" or int(header[124:136].strip(b" \0") or b"0", 8) != size:
+            raise DataError(
+                f"{self.index.path(shard)} holds something else than the index says at sample {sample:,}; "
+                "write the shards and their index again"
+            )
+        return data[BLOCK:]
 
     def name(self, sample: int) -> str:
         """The name of a sample's image in its shard, read from the tar header before its bytes."""
@@ -80,7 +90,10 @@ class ShardReader:
 
 @dataclass
 class Samples:
-    """What becomes of a sample: decoded to `channels`, cut to a view, with `visible` patches of `num_patches` drawn."""
+    """What becomes of a sample: decoded to `channels`, cut to a view, with `visible` patches of `num_patches` drawn.
+
+    `replace`: whether another sample takes the place of one that cannot be used.
+    """
 
     reader: ShardReader
     view: View
@@ -88,23 +101,51 @@ class Samples:
     seed: int = 0
     num_patches: int = 0
     visible: int = 0
+    replace: bool = True
 
-    def batch(self, epoch: int, ids: np.ndarray) -> Batch:
-        """image (B, C, H, W) uint8, label (B,) int64, index (B,) int64 and, where asked for, visible (B, V) int64."""
-        images, visible = [], []
+    def batch(self, epoch: int, ids: np.ndarray, bad: Bad | None = None) -> Batch:
+        """image (B, C, H, W) uint8, label (B,) int64, index (B,) int64 and, where asked for, visible (B, V) int64.
+
+        Unusable samples are added to `bad` and replaced, or left out where `replace` is not set; without `bad` the first
+        raises DataError.
+        """
+        images, visible, used = [], [], []
         for sample in ids.tolist():
-            rng = sample_generator(self.seed, epoch, sample)
-            if self.visible:
-                visible.append(draw_visible_ids(rng, self.num_patches, self.visible))
-            images.append(self.image(sample, rng))
+            found = self.usable(epoch, sample, bad)
+            if found is None:
+                continue
+            number, image, patches = found
+            used.append(number)
+            images.append(image)
+            visible.append(patches)
+        if not images:
+            return {}
+        numbers = np.array(used, dtype=np.int64)
         batch = {
-            "image": self.stack(images, ids),
-            "label": torch.from_numpy(self.reader.index.label[ids].astype(np.int64)),
-            "index": torch.from_numpy(ids),
+            "image": self.stack(images, numbers),
+            "label": torch.from_numpy(self.reader.index.label[numbers].astype(np.int64)),
+            "index": torch.from_numpy(numbers),
         }
-        if visible:
+        if self.visible:
             batch["visible"] = torch.from_numpy(np.stack(visible))
         return batch
+
+    def usable(self, epoch: int, sample: int, bad: Bad | None) -> tuple[int, Tensor, np.ndarray] | None:
+        """The sample, or the one that stands in for it, its view and its visible patches."""
+        number = sample
+        for attempt in range(ATTEMPTS):
+            rng = sample_generator(self.seed, epoch, sample)  # of the place in the epoch, whoever fills it
+            patches = draw_visible_ids(rng, self.num_patches, self.visible) if self.visible else NONE
+            try:
+                return number, self.image(number, rng), patches
+            except DataError as error:
+                if bad is None:
+                    raise
+                bad.append((number, str(error)))
+                if not self.replace:
+                    return None
+            number = replacement(self.seed, epoch, sample, attempt, len(self.reader.index))
+        raise DataError(f"{ATTEMPTS} samples in a row could not be used, the last: {bad[-1][1] if bad else ''}")
 
     def image(self, sample: int, rng: np.random.Generator) -> Tensor:
         """A sample's view, (C, H, W). Raises DataError."""
@@ -126,29 +167,52 @@ class Samples:
         return f"{self.reader.index.path(self.reader.index.shard_of(sample))}: {self.reader.name(sample)}"
 
 
+class _Loaded(NamedTuple):
+    """What comes from a worker. A DataError travels as a value: raised there, it would be buried in a trace."""
+
+    batch: Batch
+    asked: int
+    bad: Bad
+    error: DataError | None = None
+
+
 class _Batches(Dataset):
-    """Item k is the batch `plan(k)` names. A DataError travels as a value: raising it here would bury it in a trace."""
+    """Item k is the batch `plan(k)` names."""
 
-    def __init__(self, samples: Samples, plan: Callable[[int], tuple[int, np.ndarray]]) -> None:
-        self.samples, self.plan = samples, plan
+    def __init__(self, samples: Samples, plan: Callable[[int], tuple[int, np.ndarray]], skip: bool) -> None:
+        self.samples, self.plan, self.skip = samples, plan, skip
 
-    def __getitem__(self, number: int) -> Batch | DataError:
+    def __getitem__(self, number: int) -> _Loaded:
+        epoch, ids = self.plan(number)
+        bad: Bad = []
         try:
-            return self.samples.batch(*self.plan(number))
+            return _Loaded(self.samples.batch(epoch, ids, bad if self.skip else None), len(ids), bad)
         except DataError as error:
-            return error
+            return _Loaded({}, len(ids), bad, error)
 
 
-def train_batches(samples: Samples, plan: BatchPlan, start: int, stop: int, workers: int) -> Iterator[Batch]:
-    """Micro-batches [start, stop) of this rank, in order. Raises DataError for a sample that cannot be used."""
-    return _load(_Batches(samples, plan.micro_batch_samples), range(start, stop), workers)
+def train_batches(
+    samples: Samples, plan: BatchPlan, start: int, stop: int, workers: int, faults: Faults | None = None
+) -> Iterator[Batch]:
+    """Micro-batches [start, stop) of this rank, in order.
+
+    Without `faults` the first sample that cannot be used raises DataError; with it they are replaced and counted.
+    """
+    return _load(_Batches(samples, plan.micro_batch_samples, faults is not None), range(start, stop), workers, faults)
 
 
-def evaluation_batches(samples: Samples, batch_size: int, rank: int, ranks: int, workers: int) -> Iterator[Batch]:
-    """Every sample exactly once over all ranks, in index order; the last batch may be smaller."""
+def evaluation_batches(
+    samples: Samples, batch_size: int, rank: int, ranks: int, workers: int, faults: Faults | None = None
+) -> Iterator[Batch]:
+    """Every sample exactly once over all ranks, in index order; the last batch may be smaller.
+
+    Samples that cannot be used raise DataError or, with `faults`, are left out and counted.
+    """
+    samples = replace(samples, replace=False)
     ids = np.arange(len(samples.reader.index))[rank::ranks]
     plan = _Chunks(ids, batch_size)
-    return _load(_Batches(samples, plan), range(-(-len(ids) // batch_size)), workers)
+    numbers = range(-(-len(ids) // batch_size))
+    return _load(_Batches(samples, plan, faults is not None), numbers, workers, faults)
 
 
 @dataclass
@@ -160,7 +224,7 @@ class _Chunks:
         return 0, self.ids[number * self.batch_size : (number + 1) * self.batch_size]
 
 
-def _load(batches: _Batches, numbers: range, workers: int) -> Iterator[Batch]:
+def _load(batches: _Batches, numbers: range, workers: int, faults: Faults | None) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         batches,
         batch_size=None,
@@ -175,15 +239,18 @@ def _load(batches: _Batches, numbers: range, workers: int) -> Iterator[Batch]:
     arriving = iter(loader)
     for _ in numbers:
         try:
-            batch = next(arriving)
+            loaded = next(arriving)
         except (OSError, EOFError) as error:
             # What receiving from a worker that is gone ends in, unless torch notices first.
             if workers == 0 or "in DataLoader worker process" in str(error):
                 raise
             raise WorkerError(f"DataLoader worker exited unexpectedly ({type(error).__name__})") from error
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+        if faults is not None:
+            faults.note(loaded.asked, loaded.bad)
+        if loaded.error is not None:
+            raise loaded.error
+        if loaded.batch:
+            yield loaded.batch
 
 
 class WorkerError(RuntimeError):

@@ -14,12 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 
 # Streams keep the draws of one seed apart: what one place draws never shifts another's.
-SHARDS, BLOCK, SAMPLE = 0, 1, 2
+SHARDS, BLOCK, SAMPLE, REPLACEMENT = 0, 1, 2, 3
 
 
 def sample_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
     """The generator of everything random about a sample in an epoch: crop, flip, mask, augmentation."""
     return np.random.default_rng((seed, SAMPLE, epoch, sample))
+
+
+def replacement(seed: int, epoch: int, sample: int, attempt: int, count: int) -> int:
+    """Which of `count` samples stands in for one that cannot be used; every process finds the same."""
+    return int(np.random.default_rng((seed, REPLACEMENT, epoch, sample, attempt)).integers(count))
 
 
 class EpochOrder:

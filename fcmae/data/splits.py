@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from fcmae.data.demo import cache_folder, ensure_demo
+from fcmae.data.faults import Faults
 from fcmae.data.index import ShardIndex, read_index
 from fcmae.data.order import BatchPlan
 from fcmae.errors import DataError
 from fcmae.runtime.distributed import Ranks
+from fcmae.runtime.progress import Display
 from fcmae.settings import DEMO, DataConfig, OptimConfig
 
 
@@ -27,6 +29,13 @@ def open_split(data: DataConfig, name: str, ranks: Ranks) -> ShardIndex | None:
             ) from error
     ranks.barrier()
     return read_index(ensure_demo() / name)
+
+
+def open_faults(data: DataConfig, display: Display) -> Faults | None:
+    """How samples that cannot be used are counted; None if the first is to end the run."""
+    if data.on_error == "raise":
+        return None
+    return Faults(data.max_bad_fraction, display.say) if display.active else Faults(data.max_bad_fraction)
 
 
 def plan_batches(index: ShardIndex, data: DataConfig, optim: OptimConfig, seed: int, ranks: Ranks) -> BatchPlan:

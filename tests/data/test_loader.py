@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import shutil
 
@@ -13,6 +14,7 @@ from conftest import make_split
 from fcmae.data.augment import CentreView, TrainView
 from fcmae.data.decode import open_picture
 from fcmae.data.demo import CLASSES, SPLITS, ensure_demo, render
+from fcmae.data.faults import Faults
 from fcmae.data.index import read_index, split_size
 from fcmae.data.loader import Samples, ShardReader, denormalise, evaluation_batches, normalise, train_batches
 from fcmae.data.order import BatchPlan, sample_generator
@@ -21,6 +23,10 @@ from fcmae.errors import DataError
 
 def training_samples(folder, **options):
     return Samples(ShardReader(read_index(folder)), TrainView((16, 24)), 3, num_patches=6, visible=2, **options)
+
+
+def plan_of(folder, batch_size=8):
+    return BatchPlan(read_index(folder).shard_samples, batch_size)
 
 
 def collect(folder, workers, start=0, stop=6):
@@ -81,6 +87,82 @@ def test_a_broken_image_is_named(tmp_path, workers):
         shard.write(b"\0" * int(index.size[20]))
     with pytest.raises(DataError, match=r"shard-000001.tar: 000020.png cannot be decoded"):
         collect(folder, workers)
+
+
+def spoil(folder, *numbers):
+    """Overwrite the images of some samples."""
+    index = read_index(folder)
+    for number in numbers:
+        with open(index.path(index.shard_of(number)), "r+b") as shard:
+            shard.seek(index.offset(number))
+            shard.write(b"\0" * int(index.size[number]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_replaced_alike_everywhere(tmp_path, workers):
+    folder = make_split(tmp_path / "train", 48)
+    good = list(train_batches(training_samples(folder), plan_of(folder), 0, 12, 0))
+    spoil(folder, 5, 20)
+    said: list[str] = []
+    faults = Faults(0.2, said.append)
+    batches = list(train_batches(training_samples(folder), plan_of(folder), 0, 12, workers, faults))
+    assert (faults.count, faults.drawn) == (4, 96)  # both in each of two epochs
+    assert [line.split(":")[0] for line in said] == ["left out"] * 2
+    assert any("shard-000000.tar: 000005.png cannot be decoded" in line for line in said)
+    again = Faults(0.2, said.append)
+    for batch, same, before in zip(
+        batches, train_batches(training_samples(folder), plan_of(folder), 0, 12, 1, again), good, strict=True
+    ):
+        assert not {5, 20} & set(batch["index"].tolist())
+        assert all(torch.equal(batch[name], same[name]) for name in batch)
+        kept = torch.tensor([number not in (5, 20) for number in before["index"].tolist()])
+        assert torch.equal(batch["index"][kept], before["index"][kept])
+        assert torch.equal(batch["image"][kept], before["image"][kept])
+        assert torch.equal(batch["visible"], before["visible"])
+        assert torch.equal(batch["label"], batch["index"] % 3)  # that of the sample that stands in
+
+
+def test_evaluation_leaves_bad_samples_out(tmp_path):
+    folder = make_split(tmp_path / "val", 20)
+    spoil(folder, *range(6), 13)
+    samples = Samples(ShardReader(read_index(folder)), CentreView((16, 16)), 3)
+    faults = Faults(0.5, lambda line: None)
+    seen = [b["index"].tolist() for b in evaluation_batches(samples, 6, 0, 1, 0, faults)]
+    assert seen == [list(range(6, 12)), [12, *range(14, 18)], [18, 19]]
+    assert faults.count == 7
+    with pytest.raises(DataError, match="000000.png cannot be decoded"):
+        list(evaluation_batches(samples, 6, 0, 1, 0))
+
+
+def test_too_many_bad_samples_end_the_run():
+    said: list[str] = []
+    faults = Faults(0.01, said.append)
+    for start in range(0, 900, 100):
+        faults.note(100, [(start + n, f"sample {start + n}") for n in range(3)])
+    assert len(said) == 21  # twenty by name, then one line for all others
+    with pytest.raises(DataError, match=r"28 of 1,000 samples could not be used, more than data.max_bad_fraction=0.01"):
+        faults.note(100, [(999, "sample 999")])
+    quiet = Faults(0.01, said.append)
+    for _ in range(30):
+        quiet.note(100, [(7, "the same one again")])
+    assert quiet.count == 30
+    assert len(said) == 22
+
+
+def test_a_place_that_nothing_can_fill(tmp_path):
+    folder = make_split(tmp_path / "train", 24)
+    spoil(folder, *range(24))
+    with pytest.raises(DataError, match="10 samples in a row could not be used, the last: .*cannot be decoded"):
+        list(train_batches(training_samples(folder), plan_of(folder), 0, 1, 0, Faults(0.5, lambda line: None)))
+
+
+def test_an_index_that_disagrees_with_its_shard_is_told(tmp_path):
+    folder = make_split(tmp_path / "train", 24)
+    index = read_index(folder)
+    for changed in ("size", "block"):
+        wrong = dataclasses.replace(index, **{changed: getattr(index, changed) + 1})
+        with pytest.raises(DataError, match="shard-000000.tar holds something else than the index says at sample 3"):
+            ShardReader(wrong).read(3)
 
 
 def test_missing_and_short_shards_are_named(tmp_path):
