@@ -106,8 +106,8 @@ class Samples:
     def batch(self, epoch: int, ids: np.ndarray, bad: Bad | None = None) -> Batch:
         """image (B, C, H, W) uint8, label (B,) int64, index (B,) int64 and, where asked for, visible (B, V) int64.
 
-        Unusable samples are added to `bad` and replaced, or left out where `replace` is not set; without `bad` the first
-        raises DataError.
+        Unusable samples are added to `bad` and replaced, or left out where `replace` is not set; without `bad`, the
+        first raises DataError.
         """
         images, visible, used = [], [], []
         for sample in ids.tolist():

@@ -130,7 +130,7 @@ def test_evaluation_leaves_bad_samples_out(tmp_path):
     seen = [b["index"].tolist() for b in evaluation_batches(samples, 6, 0, 1, 0, faults)]
     assert seen == [list(range(6, 12)), [12, *range(14, 18)], [18, 19]]
     assert faults.count == 7
-    with pytest.raises(DataError, match="000000.png cannot be decoded"):
+    with pytest.raises(DataError, match=r"000000.png cannot be decoded"):
         list(evaluation_batches(samples, 6, 0, 1, 0))
 
 
@@ -152,7 +152,7 @@ def test_too_many_bad_samples_end_the_run():
 def test_a_place_that_nothing_can_fill(tmp_path):
     folder = make_split(tmp_path / "train", 24)
     spoil(folder, *range(24))
-    with pytest.raises(DataError, match="10 samples in a row could not be used, the last: .*cannot be decoded"):
+    with pytest.raises(DataError, match=r"10 samples in a row could not be used, the last: .*cannot be decoded"):
         list(train_batches(training_samples(folder), plan_of(folder), 0, 1, 0, Faults(0.5, lambda line: None)))
 
 
@@ -161,7 +161,7 @@ def test_an_index_that_disagrees_with_its_shard_is_told(tmp_path):
     index = read_index(folder)
     for changed in ("size", "block"):
         wrong = dataclasses.replace(index, **{changed: getattr(index, changed) + 1})
-        with pytest.raises(DataError, match="shard-000000.tar holds something else than the index says at sample 3"):
+        with pytest.raises(DataError, match=r"shard-000000.tar holds something else than the index says at sample 3"):
             ShardReader(wrong).read(3)
 
 
