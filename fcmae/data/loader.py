@@ -156,11 +156,11 @@ class Samples:
             raise DataError(f"{self.where(sample)} cannot be decoded: {error}") from error
 
     def stack(self, images: list[Tensor], ids: np.ndarray) -> Tensor:
-        """(B, C, H, W), contiguous. Raises DataError if the arrays of a batch are of several types."""
+        """(B, C, H, W), channels last as the decoder gives them. Raises DataError if the images' types differ."""
         for image, sample in zip(images, ids.tolist(), strict=True):
             if image.dtype != images[0].dtype:
                 raise DataError(f"{self.where(sample)} holds {image.dtype}, other samples {images[0].dtype}")
-        return torch.stack(images)
+        return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
     def where(self, sample: int) -> str:
         """Shard and name of a sample."""

@@ -75,3 +75,33 @@ def test_sample_generators_are_independent_and_reproducible():
     assert np.array_equal(a, sample_generator(0, 1, 5).random(4))
     for other in ((1, 1, 5), (0, 2, 5), (0, 1, 6)):
         assert not np.array_equal(a, sample_generator(*other).random(4))
+
+
+def test_an_epoch_of_1024_ranks_has_no_repeats_and_no_gaps():
+    counts = np.full(1282, 999)
+    counts[:449] += 1  # 1,281,167 samples
+    plans = [BatchPlan(counts, 4096, rank=rank, ranks=1024, seed=1) for rank in range(1024)]
+    alone = BatchPlan(counts, 4096, seed=1)
+    order = EpochOrder(counts, 1, 1, 16)
+    for plan in plans:  # one order in memory instead of one per rank, as on as many machines
+        plan._order = order
+    seen = np.zeros(counts.sum(), dtype=np.int8)
+    for step in range(alone.steps_per_epoch, 2 * alone.steps_per_epoch):
+        ids = np.concatenate([plan.micro_batch_samples(step)[1] for plan in plans])
+        np.add.at(seen, ids, 1)
+        if step % 50 == 0:
+            assert np.array_equal(ids, alone.micro_batch_samples(step)[1])
+    assert seen.max() == 1
+    assert (seen == 0).sum() == counts.sum() % 4096  # the last, incomplete batch
+
+
+@pytest.mark.parametrize("block_shards", [4, 16, 64])
+def test_neighbours_in_a_shard_end_up_shards_apart(block_shards):
+    # Inside a block of shards the order is uniform, so two neighbours are 0.29 of the block apart in the median.
+    counts = np.full(256, 200)
+    order = EpochOrder(counts, 0, 0, block_shards).samples(0, counts.sum())
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order))
+    apart = np.abs(np.diff(position.reshape(256, 200), axis=1))
+    assert np.median(apart) == pytest.approx((1 - 0.5**0.5) * block_shards * 200, rel=0.05)
+    assert np.median(apart) > 200  # a shard
