@@ -38,7 +38,7 @@ def jpeg(image: Image.Image, channels: int = 3, **options) -> Picture:
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth colours with edges and some grain, as far as JPEG is concerned a photograph."""
+    """Smooth colours with edges and some grain."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -95,10 +95,10 @@ def test_views_have_the_asked_size_and_depend_on_the_generator_alone():
     assert view(picture(image.convert("L")), np.random.default_rng(1)).shape == (1, 32, 48)
 
 
-@pytest.mark.parametrize(("width", "height"), [(300, 200), (500, 375), (1600, 1200), (2501, 1999)])
+@pytest.mark.parametrize(("width", "height"), [(300, 200), (500, 375), (1600, 1200), (2501, 1999), (4000, 3001)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_train_view_matches_torchvision_pixels(width, height, mode):
-    # The larger two are decoded at a half, quarter or eighth.
+    # The larger ones are decoded at a half, quarter or eighth.
     from torchvision.transforms import functional
 
     buffer = io.BytesIO()
@@ -111,7 +111,7 @@ def test_train_view_matches_torchvision_pixels(width, height, mode):
         reference = functional.resized_crop(
             image, top, left, bottom - top, right - left, [224, 224], functional.InterpolationMode.BICUBIC
         )
-        assert np.abs(view.numpy().astype(int) - np.asarray(reference).astype(int)).mean() <= 2
+        assert np.abs(view.numpy().astype(int) - np.asarray(reference).astype(int)).mean() <= 1.3
 
 
 def test_resize_of_any_type_and_number_of_channels():
