@@ -34,8 +34,6 @@ Batch = dict[str, Tensor]
 Bad = list[tuple[int, str]]  # samples that could not be used, and why
 NONE = np.empty(0, dtype=np.int64)
 ATTEMPTS = 10  # samples tried for one place
-
-
 UNITS = {torch.uint8: 255, torch.uint16: 65535}  # what counts as 1; float32 is taken as it is
 
 
@@ -51,11 +49,14 @@ class ShardReader:
         """The bytes of a sample's image. Raises DataError."""
         shard = self.index.shard_of(sample)
         size, offset = int(self.index.size[sample]), self.index.offset(sample)
-        data = os.pread(self._open(shard), BLOCK + size, offset - BLOCK)
+        try:
+            data = os.pread(self._open(shard), BLOCK + size, offset - BLOCK)
+        except OSError as error:
+            raise DataError(f"{self.index.path(shard)} cannot be read: {error.strerror}") from error
         if len(data) != BLOCK + size:
             raise DataError(f"{self.index.path(shard)} ends inside sample {sample:,} of the index; it was cut short")
         header = data[:BLOCK]
-        if header[257:262] != b"ustar" or int(header[124:136].strip(b" \0") or b"0", 8) != size:
+        if header[257:262] != b"ustar" or header[124:136].strip(b" \0").lstrip(b"0") != (b"%o" % size).lstrip(b"0"):
             raise DataError(
                 f"{self.index.path(shard)} holds something else than the index says at sample {sample:,}; "
                 "write the shards and their index again"

@@ -140,7 +140,7 @@ class _ResponseMLP(torch.autograd.Function):
         buffers: list[Tensor] = []
         for images in _chunks(h):
             part, scale = _take(h, images), _take(scales, images)
-            buffers = [x[: len(part)] for x in buffers] or [torch.empty_like(part) for _ in range(2 if fold else 3)]
+            buffers = [b[: len(part)] for b in buffers] or [torch.empty_like(part) for _ in range(2 if fold else 3)]
             a, grad_h, *product = buffers
             grad_part = _contiguous(_take(grad, images), dtype)
             # Through fc2 and GRN's factor.

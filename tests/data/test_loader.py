@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import pickle
 import shutil
 
@@ -154,6 +155,17 @@ def test_a_place_that_nothing_can_fill(tmp_path):
     spoil(folder, *range(24))
     with pytest.raises(DataError, match=r"10 samples in a row could not be used, the last: .*cannot be decoded"):
         list(train_batches(training_samples(folder), plan_of(folder), 0, 1, 0, Faults(0.5, lambda line: None)))
+
+
+def test_a_disk_that_fails_is_told(tmp_path, monkeypatch):
+    reader = ShardReader(read_index(make_split(tmp_path / "train", 24)))
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.pread", fail)
+    with pytest.raises(DataError, match=r"shard-000001.tar cannot be read: Input/output error"):
+        reader.read(20)
 
 
 def test_an_index_that_disagrees_with_its_shard_is_told(tmp_path):
