@@ -33,7 +33,7 @@ from torchvision.transforms import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_sparse import table
+from bench_machine import table
 
 from fcmae.data.augment import TrainView, random_resized_crop_box
 from fcmae.data.decode import open_picture

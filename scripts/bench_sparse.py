@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -32,12 +30,14 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bench_machine import DTYPES, check_device, environment, gemm_peak, keep_freed_memory, synchronise, table
 
 from fcmae.architecture import SIZES
 from fcmae.model import FCMAE, create_model
 from fcmae.sparse.depthwise import implementation
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Largest relative error of the features and of each parameter's gradient; gradients far smaller than the largest, by
 # the second factor, are compared with that share of it, since rounding in a long sum is what they consist of.
 PARITY = {"fp32": (1e-3, 1e-3), "bf16": (5e-2, 1e-1)}
@@ -199,25 +199,6 @@ def training_flops(model: FCMAE, part: str) -> float:
     return 3 * 2 * products
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some square matrix products."""
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ b
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
-
-
 def run(case: Case, arguments, log: Callable[[str], None]) -> list[Result]:
     """Check and time all variants of a case."""
     device = torch.device(arguments.device)
@@ -299,30 +280,6 @@ def verdicts(case: Case, results: list[Result]) -> list[dict[str, Any]]:
     return rows
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    facts: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    facts["threads"] = torch.get_num_threads()
-    if find_spec("triton") is not None:
-        import triton  # noqa: TID251
-
-        facts["triton"] = triton.__version__
-    if device.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = torch.version.cuda
-    else:
-        try:
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            facts["device"] = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-        except (OSError, StopIteration):
-            facts["device"] = platform.processor() or platform.machine()
-    return facts
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["-" * len(cell) for cell in header], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", help=f"comma-separated, of {', '.join(SIZES)}; default: the documented table")
@@ -357,13 +314,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown:
         parser.error(f"--layouts {','.join(unknown)}: must be among packed, masked, minkowski")
     return arguments
-
-
-def check_device(parser: argparse.ArgumentParser, name: str) -> None:
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {name}: {str(error).splitlines()[0]}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -410,17 +360,6 @@ def main(argv: list[str] | None = None) -> int:
         report = {"environment": facts, "gemm_flops_per_second": peaks, "results": [asdict(r) for r in results]}
         arguments.json.write_text(json.dumps(report | {"musts": judged}, indent=1) + "\n")
     return 0 if all(j["met"] for j in judged) else 1
-
-
-def keep_freed_memory() -> None:
-    """Start this script again with an allocator that keeps freed memory (glibc).
-
-    By default glibc hands large blocks back to the system and takes them anew, page by page, which costs the layouts
-    with the large activations most. Layouts are to be compared, not allocators.
-    """
-    settings = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-    if sys.platform == "linux" and not settings.keys() & os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
 
 
 if __name__ == "__main__":

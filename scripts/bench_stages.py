@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_sparse import DTYPES, check_device, gemm_peak, keep_freed_memory, synchronise, table
+from bench_machine import DTYPES, check_device, gemm_peak, keep_freed_memory, synchronise, table
 
 from fcmae.architecture import SIZES
 from fcmae.model import create_model
