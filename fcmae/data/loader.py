@@ -105,7 +105,7 @@ class Samples:
     replace: bool = True
 
     def batch(self, epoch: int, ids: np.ndarray, bad: Bad | None = None) -> Batch:
-        """image (B, C, H, W), uint8 but for arrays; label (B,) and index (B,) int64; if asked for, visible (B, V) int64.
+        """image (B, C, H, W), uint8 but for arrays; label (B,) and index (B,) int64; if wanted, visible (B, V) int64.
 
         Unusable samples are added to `bad` and replaced, or left out where `replace` is not set; without `bad`, the
         first raises DataError.
