@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fcmae import architecture
 from fcmae.errors import ConfigError
+from fcmae.native import plain
 from fcmae.sparse.encoder import Block, Layout, adopt_blocks, encode
 from fcmae.sparse.masked import DenseLayout, MaskedLayout
-from fcmae.sparse.native import plain
 from fcmae.sparse.packed import PackedLayout
 from fcmae.sparse.tiles import Grid, TileIndex, draw_visible, patchify, removed_mask, removed_on_map, scatter_tiles
 

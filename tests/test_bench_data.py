@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcmae.data import augment
+from fcmae.data import jpeg
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_data.py"
 SMALL = ["--images", "8", "--size", "32", "--repeats", "1"]
@@ -59,8 +59,8 @@ def test_photographs_have_the_size_of_imagenets(bench):
 
 
 def test_wrong_pixels_have_no_speed(bench, monkeypatch, capsys):
-    right = augment.resize
-    monkeypatch.setattr(augment, "resize", lambda pixels, size: right(pixels[::-1].copy(), size))
+    right = jpeg.crop
+    monkeypatch.setattr(jpeg, "crop", lambda *arguments: right(*arguments).flip(1))
     with pytest.raises(SystemExit, match="crops differ from the reference by"):
         bench.main(SMALL)
     assert "images/s" not in capsys.readouterr().out

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fcmae.data import jpeg
 from fcmae.data.augment import draw_visible_ids
 from fcmae.data.decode import Picture, open_picture
 from fcmae.data.faults import Faults
@@ -50,18 +51,18 @@ class ShardReader:
         shard = self.index.shard_of(sample)
         size, offset = int(self.index.size[sample]), self.index.offset(sample)
         try:
-            data = os.pread(self._open(shard), BLOCK + size, offset - BLOCK)
+            file = self._open(shard)
+            header, data = os.pread(file, BLOCK, offset - BLOCK), os.pread(file, size, offset)
         except OSError as error:
             raise DataError(f"{self.index.path(shard)} cannot be read: {error.strerror}") from error
-        if len(data) != BLOCK + size:
+        if len(data) != size or len(header) != BLOCK:
             raise DataError(f"{self.index.path(shard)} ends inside sample {sample:,} of the index; it was cut short")
-        header = data[:BLOCK]
         if header[257:262] != b"ustar" or header[124:136].strip(b" \0").lstrip(b"0") != (b"%o" % size).lstrip(b"0"):
             raise DataError(
                 f"{self.index.path(shard)} holds something else than the index says at sample {sample:,}; "
                 "write the shards and their index again"
             )
-        return data[BLOCK:]
+        return data
 
     def name(self, sample: int) -> str:
         """The name of a sample's image in its shard, read from the tar header before its bytes."""
@@ -226,6 +227,7 @@ class _Chunks:
 
 
 def _load(batches: _Batches, numbers: range, workers: int, faults: Faults | None) -> Iterator[Batch]:
+    jpeg.available()  # builds it, if need be, here and not in every worker
     loader: DataLoader[Any] = DataLoader(
         batches,
         batch_size=None,

@@ -18,8 +18,12 @@ SHARDS, BLOCK, SAMPLE, REPLACEMENT = 0, 1, 2, 3
 
 
 def sample_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The generator of everything random about a sample in an epoch: crop, flip, mask, augmentation."""
-    return np.random.default_rng((seed, SAMPLE, epoch, sample))
+    """The generator of everything random about a sample in an epoch: crop, flip, mask, augmentation.
+
+    Counter-based (Philox): its own 2^128 numbers of one sequence, and no seed to hash for every image.
+    """
+    key, counter = np.array((seed, SAMPLE), dtype=np.uint64), np.array((0, 0, epoch, sample), dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def replacement(seed: int, epoch: int, sample: int, attempt: int, count: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fcmae.sparse.native import call, library, plain
+from fcmae.native import call, library, plain
 from fcmae.sparse.tiles import Grid
 
 KERNEL = 7  # the only side that the source is written for

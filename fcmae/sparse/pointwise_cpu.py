@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fcmae.sparse.native import REALS, call, library, plain
+from fcmae.native import REALS, call, library, plain
 
 # Parts in which the sum over rows is taken, and rows of one part: fixed, so that it does not depend on the threads.
 _SUMS, _ROWS_PER_SUM = 32, 64

@@ -7,17 +7,18 @@ import sys
 
 import pytest
 import torch
-from models import small_model
 from torch._subclasses import FakeTensorMode
 
-from fcmae.sparse import native, pointwise_cpu
-from fcmae.sparse.native import call
+from fcmae import native
+from fcmae.model import create_model
+from fcmae.native import call
+from fcmae.sparse import pointwise_cpu
 
 PROGRAM = """
 import torch, warnings
 from fcmae.sparse import depthwise_cpu
 from fcmae.sparse.depthwise import implementation
-from fcmae.sparse.native import library
+from fcmae.native import library
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
@@ -41,8 +42,7 @@ def test_without_a_compiler_one_warning_and_plain_pytorch(tmp_path):
     dense, again, warning = run_program(tmp_path, PATH=str(tmp_path))
     assert dense == again == "fcmae.sparse.depthwise_dense"
     assert warning == (
-        "the packed layout runs in plain PyTorch on the CPU, which is slower: "
-        "no C++ compiler (c++, g++ or clang++) found"
+        "slower code takes the place of what is written in C++: no C++ compiler (c++, g++ or clang++) found"
     )
 
 
@@ -54,7 +54,7 @@ def test_a_compiler_that_fails_is_one_warning(tmp_path, says_its_version):
     broken.chmod(0o755)
     dense, _, warning = run_program(tmp_path, PATH="/usr/bin:/bin", CXX=str(broken))
     assert dense == "fcmae.sparse.depthwise_dense"
-    assert warning.endswith("slower: depthwise_cpu.cpp: x.cpp:1: error: no such thing")
+    assert warning.endswith("C++: depthwise_cpu.cpp: x.cpp:1: error: no such thing")
     assert not list(tmp_path.glob("fcmae/native/*"))
 
 
@@ -124,7 +124,7 @@ assert torch.equal(one, same) and one.isfinite().all()
 
 
 def test_tensors_without_memory_go_another_way():
-    model = small_model(image_size=64, patch_size=16, stem_stride=2)
+    model = create_model("mini", image_size=64, patch_size=16, stem_stride=2).double()
     images, visible = torch.randn(2, 3, 64, 64, dtype=torch.float64), model.draw_visible(2)
     expected = model.encode(images, visible)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

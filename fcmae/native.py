@@ -1,7 +1,7 @@
 """C++ for the CPU, built on first use with the machine's own compiler and kept.
 
-The sources lie beside this file and have a plain C interface, so that a build takes seconds and fits every version of
-torch. Where there is no compiler the callers go on in plain PyTorch, and a warning says so.
+The sources (`*/*_cpu.cpp`) lie beside their callers and have a plain C interface, so that a build takes seconds and
+fits every version of torch. Where there is no compiler the callers go another, slower way, and a warning says so.
 """
 
 from __future__ import annotations
@@ -45,16 +45,18 @@ def plain(x: Tensor) -> bool:
 
 
 def _warn(reason: str) -> None:
-    warnings.warn(f"the packed layout runs in plain PyTorch on the CPU, which is slower: {reason}", stacklevel=3)
+    warnings.warn(f"slower code takes the place of what is written in C++: {reason}", stacklevel=3)
 
 
 def _source(name: str) -> Path:
-    return Path(__file__).with_name(f"{name}.cpp")
+    return next(Path(__file__).parent.glob(f"*/{name}.cpp"))
 
 
 @functools.cache
-def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The library built from `<name>.cpp` for float32 or float64, or None (after a warning) if that is impossible.
+def library(name: str, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
+    """The library built from `<name>.cpp`, or None (after a warning) if that is impossible.
+
+    `dtype`: float32 or float64 as its REAL, for sources that want one.
 
     It is kept in `$XDG_CACHE_HOME/fcmae/native` (`~/.cache/fcmae/native`), under a name that depends on sources,
     compiler and processor, so a home directory may be shared by different machines; in a temporary folder where that
@@ -64,7 +66,8 @@ def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     source = _source(name)
     contents = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
-    command = [*_compiler(), *_FLAGS, f"-DREAL={REALS[dtype]}", str(source), "-o"]
+    real = [f"-DREAL={REALS[dtype]}"] if dtype else []
+    command = [*_compiler(), *_FLAGS, *real, str(source), "-ldl", "-o"]
     try:
         key = hashlib.sha256(
             b"\0".join([" ".join(command).encode(), contents, _version().encode(), _processor().encode()])
@@ -113,22 +116,22 @@ def call(name: str, dtype: torch.dtype, function: str, *arguments: Tensor | floa
             converted.append((ctypes.c_int64 * len(argument))(*argument))
         else:
             converted.append(argument)
-    _handle(name, dtype, function)(*converted, torch.get_num_threads())
+    handle(name, function, dtype)(*converted, torch.get_num_threads())
 
 
 @functools.cache
-def _handle(name: str, dtype: torch.dtype, function: str) -> Any:
-    """A function with the argument types of its declaration."""
+def handle(name: str, function: str, dtype: torch.dtype | None = None) -> Any:
+    """A function of a library that can be built, with the argument types of its declaration."""
     loaded = library(name, dtype)
     assert loaded is not None
     declared = re.search(rf'^extern "C" void {function}\(([^)]*)\)', _source(name).read_text(), re.MULTILINE)
     assert declared is not None
-    handle = loaded[function]
+    found = loaded[function]
     numbers: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
     parameters = declared[1].split(",")
-    handle.argtypes = [ctypes.c_void_p if "*" in p else numbers[p.split()[0]] for p in parameters]
-    handle.restype = None
-    return handle
+    found.argtypes = [ctypes.c_void_p if "*" in p else numbers[p.split()[0]] for p in parameters]
+    found.restype = None
+    return found
 
 
 def _run(*command: str) -> str:
