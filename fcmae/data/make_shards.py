@@ -1,36 +1,60 @@
 """Turn images into WebDataset shards and their index.
 
-    python scripts/make_shards.py SOURCE OUT [--kind auto|folders|flat|idx] [--val-share 0.1]
+    python scripts/make_shards.py SOURCE OUT [--kind auto|folders|flat|idx|imagenet|tars] [--val-share 0.1]
 
-SOURCE is a folder with one folder per class, a flat folder without labels, or a folder of IDX files (the MNIST family,
-gzipped or not). Splits found there become OUT/train and OUT/val; without any, OUT itself holds the shards, or OUT/train
-and OUT/val if --val-share sets images aside. Broken images are reported by name and left out.
+SOURCE is one of
+  a folder with one folder per class, or a flat folder without labels;
+  a folder of IDX files (the MNIST family, gzipped or not);
+  a folder with ILSVRC2012_img_train.tar and, for val, ILSVRC2012_img_val.tar and a file with its labels, as downloaded;
+  a folder with one tar per synset, as ImageNet-21k is downloaded, or a tar of such tars;
+  torchvision:NAME, any classification data set of torchvision (its files in --root).
+
+Splits found there become OUT/train and OUT/val; without any, OUT itself holds the shards, or OUT/train and OUT/val if
+--val-share sets images aside. Tars are read in place. Broken images are reported by name and left out. Interrupted in
+any way, the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fcmae.data.index import INDEX_NAME, ShardIndex
-from fcmae.data.sources import Split, open_source
-from fcmae.data.writer import write_shards
+from fcmae.data.packing import JOURNAL, Packed, PackOptions, pack, remove_unfinished
+from fcmae.data.sources import KINDS, SourceOptions, Split, open_source
+from fcmae.data.synsets import LISTS
+from fcmae.data.writer import index_of
 from fcmae.errors import DataError, UserError
+
+NAMED = 50  # broken images printed by name; the index has them all
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def size(text: str) -> int:
+    """Bytes of `500M`, `1.5GB`, …"""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.upper())
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of bytes, such as 500MB or 1.5GB")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--kind", choices=("auto", "folders", "flat", "idx"), default="auto")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
+    parser.add_argument("--kind", choices=KINDS, default="auto")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="at most (1000)")
+    parser.add_argument("--shard-bytes", type=size, metavar="SIZE", help="of a shard, about: 500MB, 1GB (no limit)")
     parser.add_argument(
         "--val-share", type=float, default=0.0, metavar="SHARE", help="share of the images set aside as val"
     )
@@ -38,9 +62,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not decode every image to find broken ones"
     )
+    parser.add_argument(
+        "--max-side", type=int, metavar="PIXELS", help="re-encode larger images as JPEG with this longer side"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="of re-encoded JPEGs (90)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one per core)")
+    parser.add_argument(
+        "--synsets",
+        choices=LISTS,
+        help="classes and their order from this list of timm's, whatever classes there are; by default from the list "
+        "that holds exactly the classes found, else sorted",
+    )
+    parser.add_argument("--val-labels", type=Path, metavar="FILE", help="labels of ILSVRC2012_img_val.tar")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of torchvision's data sets (data)")
+    parser.add_argument("--download", action="store_true", help="let torchvision download the data set")
     options = parser.parse_args(arguments)
-    if options.samples_per_shard < 1:
-        parser.error(f"--samples-per-shard={options.samples_per_shard}: must be at least 1")
+    for name, least, most in (
+        ("samples_per_shard", 1, None),
+        ("max_side", 1, None),
+        ("jobs", 1, None),
+        ("quality", 1, 100),
+    ):
+        value = getattr(options, name)
+        if value is not None and not (least <= value and (most is None or value <= most)):
+            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+            parser.error(f"--{name.replace('_', '-')}={value}: must be {allowed}")
     if not 0 <= options.val_share < 1:
         parser.error(f"--val-share={options.val_share}: must be in [0, 1)")
     return options
@@ -50,58 +96,121 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for what only the user can put right)."""
     options = parse(arguments)
     console = Console(soft_wrap=True, highlight=False)
-    written: list[ShardIndex] = []
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    folders: list[Path] = []
     try:
-        splits = open_source(
-            options.source, options.kind, verify=options.verify, val_share=options.val_share, seed=options.seed
-        )
-        for split in splits:
-            if (options.out / split.name / INDEX_NAME).exists():
-                raise DataError(
-                    f"{options.out / split.name}: already holds shards; choose another OUT or remove it first"
-                )
-        for split in splits:
-            samples = track(
-                split.samples, total=split.total, description=split.name or "images", console=console, transient=True
-            )
-            index = write_shards(
-                samples,
-                options.out / split.name,
-                prefix=split.name or "shard",
-                samples_per_shard=options.samples_per_shard,
-                classes=split.classes,
-                provenance={"source": str(options.source.resolve()), "left_out": split.broken},
-            )
-            written.append(index)
-            report(split, index, console)
+        make(options, console, folders)
     except (UserError, OSError) as error:
-        # All splits or none: half a data set would look like a whole one to the next command.
-        for index in written:
-            (index.folder / INDEX_NAME).unlink()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        for index in written:
-            (index.folder / INDEX_NAME).unlink()
-        print("interrupted; shards without an index are not used, the same command writes them again", file=sys.stderr)
+        for folder in folders:
+            remove_unfinished(folder, _prefix(folder, options.out))
+        print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def report(split: Split, index: ShardIndex, console: Console) -> None:
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _prefix(folder: Path, out: Path) -> str:
+    return folder.name if folder != out else "shard"
+
+
+def make(options: argparse.Namespace, console: Console, folders: list[Path]) -> None:
+    """Write all splits, then their indices: half a data set would look like a whole one to the next command."""
+    with console.status("listing images"):
+        splits = open_source(
+            options.source,
+            SourceOptions(
+                kind=options.kind,
+                val_share=options.val_share,
+                seed=options.seed,
+                synsets=options.synsets,
+                val_labels=options.val_labels,
+                root=options.root,
+                download=options.download,
+            ),
+        )
+    folders += [options.out / split.name for split in splits]
+    for folder in folders:
+        if (folder / INDEX_NAME).exists():
+            raise DataError(f"{folder}: already holds shards; choose another OUT or remove it first")
+    how = PackOptions(options.samples_per_shard, options.shard_bytes, options.verify, options.max_side, options.quality)
+    indices, broken = [], []
+    for split, folder in zip(splits, folders, strict=True):
+        packed = show(split, folder, _prefix(folder, options.out), how, options.jobs, console)
+        left_out = [*split.left_out, *(line for part in packed for line in part.left_out)]
+        shards = [part.shard for part in packed if part.shard.sizes]
+        if not shards:
+            (folder / JOURNAL).unlink()
+            raise DataError(f"{folder}: there was no usable image to write; {left_out[0]}")
+        provenance = {
+            "source": options.source if ":" in options.source else str(Path(options.source).resolve()),
+            "options": {
+                name: str(value) if isinstance(value, Path) else value
+                for name, value in vars(options).items()
+                if name not in ("source", "out", "jobs", "download")
+            },
+            "synsets": split.listed,
+            "left_out": left_out,
+        }
+        indices.append(index_of(folder, shards, split.classes, provenance))
+        broken.append(left_out)
+    for split, index, left_out in zip(splits, indices, broken, strict=True):
+        index.save()
+        (index.folder / JOURNAL).unlink()
+        report(split, index, left_out, console)
+
+
+def show(split: Split, folder: Path, prefix: str, how: PackOptions, jobs: int, console: Console) -> list[Packed]:
+    """Pack a split under a progress bar."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images, {task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(split.name or "images", total=len(split.order), rate="")
+        written = 0
+
+        def progress(packed: Packed) -> None:
+            nonlocal written
+            written += packed.shard.bytes
+            bar.advance(task, len(packed.shard.sizes) + len(packed.left_out))
+            elapsed = bar.tasks[task].elapsed or 1e-9
+            bar.update(task, rate=f"{bar.tasks[task].completed / elapsed:,.0f}/s, {written / elapsed / 1e6:,.0f} MB/s")
+
+        return pack(split, folder, prefix, how, jobs, progress)
+
+
+def report(split: Split, index: ShardIndex, left_out: list[str], console: Console) -> None:
     """What was written and what was left out, by name."""
-    for line in split.broken:
+    for line in left_out[:NAMED]:
         console.print(f"left out: {line}", markup=False)
-    size = int(index.shard_bytes.sum()) / 1e6
-    console.print(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards, {size:,.1f} MB", markup=False)
+    if len(left_out) > NAMED:
+        console.print(f"left out: {len(left_out) - NAMED:,} more, named in {index.folder / INDEX_NAME}", markup=False)
+    total = int(index.shard_bytes.sum()) / 1e6
+    console.print(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards, {total:,.1f} MB", markup=False)
     if split.classes:
         counts = np.bincount(index.label, minlength=len(split.classes))
         spread = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
-        console.print(f"  {len(split.classes)} classes with {spread} images each")
-        for name in (name for name, count in zip(split.classes, counts, strict=True) if count == 0):
+        listed = f" in the order of timm's list {split.listed}" if split.listed else ""
+        console.print(f"  {len(split.classes)} classes{listed} with {spread} images each")
+        empty = [name for name, count in zip(split.classes, counts, strict=True) if count == 0]
+        for name in empty[:NAMED]:
             console.print(f"  class {name} has no usable image", markup=False)
-    if split.broken:
-        console.print(f"  {len(split.broken):,} of {split.total:,} files could not be used and were left out")
+        if len(empty) > NAMED:
+            console.print(f"  {len(empty) - NAMED:,} more classes have no usable image")
+    broken = len(left_out) - len(split.left_out)
+    if broken:
+        console.print(f"  {broken:,} of {len(split.order):,} files could not be used and were left out")
 
 
 if __name__ == "__main__":

@@ -1,40 +1,57 @@
-"""Where shards are made from: class folders, flat folders and IDX files (the MNIST family).
+"""Where shards are made from: class folders, flat folders, IDX files, ImageNet's tars, torchvision's data sets.
 
-A source yields (name, extension, bytes, label or None) in a fixed order and reports what it had to leave out.
+A source is opened as its splits: images that can be read one by one, in an order fixed by a seed.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from fcmae.data.decode import open_picture
-from fcmae.data.index import IMAGE_EXTENSIONS
-from fcmae.data.writer import Sample
+from fcmae.data.archives import TRAIN, VAL, holds_class_tars, read_class_tars, read_validation_tar
+from fcmae.data.images import FileImages, Images, PixelImages
+from fcmae.data.index import IMAGE_EXTENSIONS, INDEX_NAME
+from fcmae.data.synsets import class_order
+from fcmae.data.torchvision_sets import PREFIX, read_torchvision
 from fcmae.errors import DataError
 
 IDX_SPLITS = {"train": "train", "t10k": "val", "test": "val"}
 FOLDER_SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "val"}
-LabelledFile = tuple[Path, "int | None"]
+KINDS = ("auto", "folders", "flat", "idx", "imagenet", "tars")
 
 
 @dataclass
 class Split:
-    """One split of a source: `classes` is empty where there are no labels, `broken` fills while samples are drawn."""
+    """One split of a source, called "" if it is the only one.
+
+    classes: names in the order of labels, empty where there are none. order: (N,) the images that are packed, in turn.
+    listed: the list of timm's that the classes are. left_out: what was passed over when listing.
+    """
 
     name: str
     classes: list[str]
-    total: int
-    samples: Iterator[Sample]
-    broken: list[str] = field(default_factory=list)
+    images: Images
+    order: np.ndarray
+    listed: str | None = None
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SourceOptions:
+    """How a source is read; see `make_shards.py --help`."""
+
+    kind: str = "auto"
+    val_share: float = 0.0
+    seed: int = 0
+    synsets: str | None = None
+    val_labels: Path | None = None
+    root: Path = Path("data")
+    download: bool = False
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -53,53 +70,25 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
-def why_broken(data: bytes) -> str | None:
-    """Why image bytes cannot be decoded, or None if they can."""
-    try:
-        open_picture(data, None).pixels()
-    except UnidentifiedImageError:
-        return "is in no image format that Pillow knows"
-    except Exception as error:  # Pillow raises a dozen types; whichever it is, the file is named and left out
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
-    return None
-
-
-def list_folder(folder: Path, labelled: bool) -> tuple[list[str], list[LabelledFile]]:
-    """Class names and files with labels; if `labelled`, each folder directly in `folder` is a class, sorted."""
+def list_folder(folder: Path, labelled: bool, synsets: str | None) -> tuple[list[str], str | None, FileImages]:
+    """Class names, the list of synsets that they are, and images; if `labelled`, each folder in `folder` is a class."""
     if labelled:
-        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        files: list[LabelledFile] = [
-            (p, number) for number, title in enumerate(classes) for p in image_files(folder / title)
+        found = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        classes, listed = class_order(found, synsets)
+        unknown = sorted(set(found) - set(classes))
+        if unknown:
+            raise DataError(f"{folder}: {unknown[0]} is not in the list {synsets}")
+        pairs = [
+            (path, number)
+            for number, title in enumerate(classes)
+            if title in found
+            for path in image_files(folder / title)
         ]
     else:
-        classes, files = [], [(path, None) for path in image_files(folder)]
-    if not files:
+        classes, listed, pairs = [], None, [(path, -1) for path in image_files(folder)]
+    if not pairs:
         raise DataError(f"{folder}: holds no image files ({', '.join(IMAGE_EXTENSIONS)})")
-    return classes, files
-
-
-def file_split(name: str, root: Path, classes: list[str], files: list[LabelledFile], verify: bool) -> Split:
-    """A split of image files, stored as they are; unreadable ones and, if `verify`, undecodable ones are left out."""
-    split = Split(name, classes, len(files), iter(()))
-
-    def draw() -> Iterator[Sample]:
-        for number, (path, label) in enumerate(files):
-            shown = str(path.relative_to(root))
-            shown = shown if shown.isprintable() else repr(shown)
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                split.broken.append(f"{shown}: {error.strerror}")
-                continue
-            reason = "the file is empty" if not data else why_broken(data) if verify else None
-            if reason is not None:
-                split.broken.append(f"{shown}: {reason}")
-                continue
-            # Numbered, so that keys are unique and free of dots whatever the files are called.
-            yield f"{number:09d}", path.suffix[1:].lower(), data, label
-
-    split.samples = draw()
-    return split
+    return classes, listed, FileImages(folder, [path for path, _ in pairs], [number for _, number in pairs])
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -129,8 +118,8 @@ def idx_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
     return found
 
 
-def idx_split(images: Path, labels: Path | None, name: str) -> Split:
-    """Images (N, H, W) or (N, H, W, C) and labels of a pair of IDX files; each image becomes a PNG."""
+def idx_split(images: Path, labels: Path | None) -> tuple[list[str], PixelImages]:
+    """Images (N, H, W) or (N, H, W, C) and labels of a pair of IDX files."""
     pixels = read_idx(images)
     numbers = read_idx(labels) if labels is not None else None
     if len(pixels) == 0:
@@ -139,46 +128,121 @@ def idx_split(images: Path, labels: Path | None, name: str) -> Split:
         raise DataError(f"{images}: holds {pixels.ndim} dimensions; images have 3 or 4")
     if numbers is not None and len(numbers) != len(pixels):
         raise DataError(f"{labels}: holds {len(numbers):,} labels for {len(pixels):,} images in {images.name}")
-
-    def draw() -> Iterator[Sample]:
-        for number, image in enumerate(pixels):
-            buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "PNG")
-            yield f"{number:09d}", "png", buffer.getvalue(), None if numbers is None else int(numbers[number])
-
     classes = [] if numbers is None else [str(n) for n in range(int(numbers.max()) + 1)]
-    return Split(name, classes, len(pixels), draw())
+    return classes, PixelImages(pixels, numbers, images.name)
 
 
-def open_source(
-    source: Path, kind: str = "auto", *, verify: bool = True, val_share: float = 0.0, seed: int = 0
-) -> list[Split]:
-    """The splits of a source; the only split of a source without any is called "".
+def open_source(source: str, options: SourceOptions) -> list[Split]:
+    """The splits of a source.
 
-    `kind` is auto, folders, flat or idx. With auto, a folder holding `*-images-idx3-ubyte[.gz]` files is IDX, one with
-    folders in it is class folders and any other a flat folder. Folders named train and val (or validation, test) are
-    splits; `val_share` sets that share of a source without splits aside. Files are shuffled by `seed`, so that a shard
-    holds all classes.
+    With kind auto: `torchvision:<name>` is a data set of torchvision; a folder with ILSVRC2012_img_train.tar, or a tar,
+    is ImageNet; a folder of tars named after synsets, ImageNet-21k; one holding `*-images-idx3-ubyte[.gz]` files, IDX;
+    one with folders in it, class folders; any other a flat folder. Folders named train and val (or validation, test)
+    are splits; `val_share` sets that share of a source without splits aside. Images are shuffled by `seed`, so that a
+    shard holds all classes; IDX files keep their order.
 
     Raises:
         DataError: if the source is not there, holds no images, or has splits although `val_share` is given.
     """
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder")
-    pairs = idx_files(source)
-    folders = {entry.name for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    split_folders = "train" in folders and folders <= set(FOLDER_SPLITS)
-    if val_share and (pairs or split_folders):
-        raise DataError(f"{source}: has splits of its own, so --val-share does not apply")
-    if kind == "idx" or (kind == "auto" and pairs):
+    if source.startswith(PREFIX):
+        found = read_torchvision(source.removeprefix(PREFIX), options.root, options.download)
+        if len(found) > 1:
+            _refuse_share(source, options)
+            return [_split(name, classes, images, options.seed) for name, (classes, images) in found.items()]
+        ((classes, images),) = found.values()
+        return _shared(source, classes, images, options)
+    path = Path(source)
+    if not path.exists():
+        raise DataError(f"{source}: no such folder or file")
+    if (path / INDEX_NAME).exists():
+        raise DataError(f"{source}: holds shards already, with their index")
+    kind = options.kind if options.kind != "auto" else _kind(path)
+    if kind == "imagenet":
+        return _imagenet(path, options)
+    if kind == "tars":
+        classes, listed, images, left_out = read_class_tars(path, options.synsets)
+        return _shared(source, classes, images, options, listed, left_out)
+    if not path.is_dir():
+        raise DataError(f"{source}: is no folder, and no tar of ImageNet's")
+    if kind == "idx":
+        pairs = idx_files(path)
         if not pairs:
-            raise DataError(
-                f"{source}: holds no train-images-idx3-ubyte or t10k-images-idx3-ubyte file, gzipped or not"
-            )
-        return [idx_split(images, labels, split) for split, (images, labels) in pairs.items()]
+            raise DataError(f"{path}: holds no train-images-idx3-ubyte or t10k-images-idx3-ubyte file, gzipped or not")
+        _refuse_share(source, options)
+        return [_split(name, *idx_split(images, labels), None) for name, (images, labels) in pairs.items()]
+    return _folders(path, kind, options)
+
+
+def _kind(path: Path) -> str:
+    if path.is_file() or (path / TRAIN).is_file():
+        return "imagenet"
+    if holds_class_tars(path):
+        return "tars"
+    return "idx" if idx_files(path) else "auto"
+
+
+def _split(
+    name: str,
+    classes: list[str],
+    images: Images,
+    seed: int | None,
+    listed: str | None = None,
+    left_out: list[str] | None = None,
+) -> Split:
+    order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
+    return Split(name, classes, images, order, listed, left_out or [])
+
+
+def _refuse_share(source: str, options: SourceOptions) -> None:
+    if options.val_share:
+        raise DataError(f"{source}: has splits of its own, so --val-share does not apply")
+
+
+def _shared(
+    source: str,
+    classes: list[str],
+    images: Images,
+    options: SourceOptions,
+    listed: str | None = None,
+    left_out: list[str] | None = None,
+) -> list[Split]:
+    """The images as one split, or as train and val if a share was asked for."""
+    whole = _split("", classes, images, options.seed, listed, left_out)
+    if not options.val_share:
+        return [whole]
+    held = max(1, round(len(images) * options.val_share))
+    if held >= len(images):
+        raise DataError(
+            f"{source}: --val-share {options.val_share} would leave none of {len(images)} images to train on"
+        )
+    return [
+        Split("train", classes, images, whole.order[held:], listed, whole.left_out),
+        Split("val", classes, images, whole.order[:held], listed),
+    ]
+
+
+def _imagenet(path: Path, options: SourceOptions) -> list[Split]:
+    train = path / TRAIN if path.is_dir() else path
+    if not train.is_file():
+        raise DataError(f"{path}: holds no {TRAIN}")
+    classes, listed, images, left_out = read_class_tars(train, options.synsets)
+    val = train.with_name(VAL)
+    if train.name != TRAIN or not val.is_file():
+        return _shared(str(path), classes, images, options, listed, left_out)
+    _refuse_share(str(path), options)
+    labelled = read_validation_tar(val, options.val_labels, classes)
+    return [
+        _split("train", classes, images, options.seed, listed, left_out),
+        _split("val", classes, labelled, options.seed, listed),
+    ]
+
+
+def _folders(source: Path, kind: str, options: SourceOptions) -> list[Split]:
+    folders = {entry.name for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     # Of a validation and a test folder, the first named in FOLDER_SPLITS is val; the test images stay out of it.
     roots = {"": source}
-    if split_folders:
+    if "train" in folders and folders <= set(FOLDER_SPLITS):
+        _refuse_share(str(source), options)
         roots = {FOLDER_SPLITS[name]: source / name for name in reversed(FOLDER_SPLITS) if name in folders}
     splits = []
     for name, root in sorted(roots.items()):
@@ -190,20 +254,10 @@ def open_source(
                 f"{root}: holds {len(beside):,} images beside folders, and the folders may be classes or not; "
                 "say --kind flat (no labels, all images) or --kind folders (only images inside the folders)"
             )
-        classes, files = list_folder(root, labelled)
-        files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
-        if val_share:
-            held = max(1, round(len(files) * val_share))
-            if held >= len(files):
-                raise DataError(
-                    f"{source}: --val-share {val_share} would leave none of {len(files)} images to train on"
-                )
-            splits += [
-                file_split(n, root, classes, part, verify)
-                for n, part in (("train", files[held:]), ("val", files[:held]))
-            ]
-        else:
-            splits.append(file_split(name, root, classes, files, verify))
-    if len(splits) == 2 and splits[0].classes != splits[1].classes:
+        classes, listed, images = list_folder(root, labelled, options.synsets)
+        if len(roots) == 1:
+            return _shared(str(source), classes, images, options, listed)
+        splits.append(_split(name, classes, images, options.seed, listed))
+    if splits[0].classes != splits[1].classes:
         raise DataError(f"{source}: the class folders of train and val differ")
     return splits

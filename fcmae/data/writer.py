@@ -1,10 +1,18 @@
-"""Writing WebDataset shards and their index."""
+"""Writing WebDataset shards and their index.
+
+A shard is a tar in which the files of a sample follow one another: `<key>.<extension>`, the image, and `<key>.cls`, its
+label as a decimal number.
+"""
 
 from __future__ import annotations
 
 import os
+import tarfile
+from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,6 +22,49 @@ from fcmae.files import written_whole
 
 # key (unique, no dots), extension without the dot, the file's bytes, label or None
 Sample = tuple[str, str, bytes, "int | None"]
+RECORD = 20 * BLOCK  # a tar ends at a multiple of this
+
+
+@dataclass
+class Written:
+    """What a shard holds, as the index has it: per sample the image's first block, its bytes and label (-1: none)."""
+
+    name: str
+    bytes: int = 0
+    blocks: array[int] = field(default_factory=lambda: array("I"))
+    sizes: array[int] = field(default_factory=lambda: array("I"))
+    labels: array[int] = field(default_factory=lambda: array("i"))
+    extensions: set[str] = field(default_factory=set)
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> Written:
+    """Write one shard, which appears under its name when it is complete; without samples it does not."""
+    written = Written(path.name)
+    with written_whole(path) as temporary:
+        with open(temporary, "wb", buffering=1 << 20) as stream:
+            for key, extension, data, label in samples:
+                written.blocks.append(stream.tell() // BLOCK + 1)
+                written.sizes.append(len(data))
+                written.labels.append(-1 if label is None else label)
+                written.extensions.add(f".{extension.lower()}")
+                _add(stream, f"{key}.{extension}", data)
+                if label is not None:
+                    _add(stream, f"{key}.cls", str(label).encode())
+            stream.write(bytes(2 * BLOCK))
+            stream.write(bytes(-stream.tell() % RECORD))
+            written.bytes = stream.tell()
+        if not written.sizes:
+            raise DataError(f"{path}: there was no usable image to write")
+    return written
+
+
+def _add(stream: BinaryIO, name: str, data: bytes) -> None:
+    """A member of a tar. The same bytes for the same content: no time, no owner."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o644
+    stream.write(member.tobuf(tarfile.PAX_FORMAT))
+    stream.write(data)
+    stream.write(bytes(-len(data) % BLOCK))
 
 
 def write_shards(
@@ -32,27 +83,14 @@ def write_shards(
     Raises:
         DataError: if the folder already holds an index, or no sample arrives.
     """
-    import webdataset  # imports torch; the index alone must stay readable without
-
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX_NAME).exists():
         raise DataError(f"{folder} already holds an index; choose another folder or remove it first")
-    shards: list[str] = []
+    shards: list[Written] = []
     buffered: list[Sample] = []
 
     def flush() -> None:
-        name = f"{prefix}-{len(shards):06d}.tar"
-        with (
-            written_whole(folder / name) as temporary,
-            open(temporary, "wb") as stream,
-            webdataset.TarWriter(stream, encoder=False, mtime=0.0) as archive,
-        ):
-            for key, extension, data, label in buffered:
-                entry: dict = {"__key__": key, extension: data}
-                if label is not None:
-                    entry["cls"] = str(label).encode()
-                archive.write(entry)
-        shards.append(name)
+        shards.append(write_shard(folder / f"{prefix}-{len(shards):06d}.tar", buffered))
         buffered.clear()
 
     for sample in samples:
@@ -63,24 +101,37 @@ def write_shards(
         flush()
     if not shards:
         raise DataError(f"{folder}: there was no usable image to write")
-    index = index_shards(folder, shards, classes or [], provenance or {})
+    index = index_of(folder, shards, classes or [], provenance or {})
     index.save()
     return index
 
 
-def index_shards(folder: Path, shards: list[str], classes: list[str], provenance: dict) -> ShardIndex:
-    """The index of existing shards, from their tar headers alone."""
-    scans = [scan_shard(folder / name) for name in shards]
-    join = [np.concatenate([np.asarray(scan[part], dtype=np.int64) for scan in scans]) for part in range(3)]
+def index_of(folder: Path, shards: list[Written], classes: list[str], provenance: dict) -> ShardIndex:
+    """The index of shards that have been written."""
+
+    def joined(part: str, dtype: type) -> np.ndarray:
+        return np.concatenate([np.asarray(getattr(shard, part), dtype=dtype) for shard in shards])
+
     return ShardIndex(
         folder=folder,
-        shards=shards,
-        shard_samples=np.array([len(scan[0]) for scan in scans], dtype=np.int64),
-        shard_bytes=np.array([os.stat(folder / name).st_size for name in shards], dtype=np.int64),
-        block=(join[0] // BLOCK).astype(np.uint32),
-        size=join[1].astype(np.uint32),
-        label=join[2].astype(np.int32),
+        shards=[shard.name for shard in shards],
+        shard_samples=np.array([len(shard.sizes) for shard in shards], dtype=np.int64),
+        shard_bytes=np.array([shard.bytes for shard in shards], dtype=np.int64),
+        block=joined("blocks", np.uint32),
+        size=joined("sizes", np.uint32),
+        label=joined("labels", np.int32),
         classes=classes,
         provenance=provenance,
-        extensions=sorted(set().union(*(scan[3] for scan in scans))),
+        extensions=sorted(set().union(*(shard.extensions for shard in shards))),
     )
+
+
+def index_shards(folder: Path, shards: list[str], classes: list[str], provenance: dict) -> ShardIndex:
+    """The index of existing shards, from their tar headers alone."""
+    found = []
+    for name in shards:
+        offsets, sizes, labels, extensions = scan_shard(folder / name)
+        blocks = array("I", [offset // BLOCK for offset in offsets])
+        arrays = blocks, array("I", sizes), array("i", labels)
+        found.append(Written(name, os.stat(folder / name).st_size, *arrays, extensions))
+    return index_of(folder, found, classes, provenance)

@@ -45,7 +45,8 @@ def test_class_folders(classes, tmp_path, capsys):
     index = read_index(tmp_path / "out")
     assert index.classes == ["cat", "dog"]
     assert len(index) == 12
-    assert index.shard_samples.tolist() == [5, 5, 2]
+    assert len(index.shards) == 3
+    assert index.shard_samples.max() <= 5
     assert np.bincount(index.label).tolist() == [7, 5]
     said = capsys.readouterr().out
     for name in ("cat/cut.png: ", "cat/empty.jpg: the file is empty", "dog/text.jpg: "):
