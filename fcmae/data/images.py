@@ -51,8 +51,9 @@ class FileImages(Images):
         self.labels = np.array([-1 if label is None else label for label in labels], dtype=np.int32)
 
     def read(self, number: int) -> tuple[str, bytes]:
-        path = self.root / self.paths[number]
-        return path.suffix[1:].lower(), path.read_bytes()
+        path = self.paths[number]
+        with open(f"{self.root}/{path}", "rb", buffering=0) as stream:
+            return os.path.splitext(path)[1][1:].lower(), stream.read()
 
     def shown(self, number: int) -> str:
         return printable(self.paths[number])

@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--max-side", type=int, metavar="PIXELS", help="re-encode larger images as JPEG with this longer side"
     )
     parser.add_argument("--quality", type=int, default=90, help="of re-encoded JPEGs (90)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one per core)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (one per core; two where nothing is decoded)")
     parser.add_argument(
         "--synsets",
         choices=LISTS,
@@ -77,6 +77,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of torchvision's data sets (data)")
     parser.add_argument("--download", action="store_true", help="let torchvision download the data set")
     options = parser.parse_args(arguments)
+    if options.jobs is None:  # copying waits for the disk half of the time
+        options.jobs = (os.cpu_count() or 1) * (1 if options.verify or options.max_side else 2)
     for name, least, most in (
         ("samples_per_shard", 1, None),
         ("max_side", 1, None),

@@ -21,12 +21,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
-import torch
 from PIL import UnidentifiedImageError
 
-from fcmae.data.augment import crop_resized
-from fcmae.data.decode import ArrayPicture, open_picture
 from fcmae.data.images import Images
 from fcmae.data.sources import Split
 from fcmae.data.writer import Sample, Written, write_shard
@@ -63,6 +59,8 @@ class Packed:
 
 def why_broken(data: bytes) -> str | None:
     """Why image bytes cannot be decoded, or None if they can."""
+    from fcmae.data.decode import open_picture  # imports torch, which copying does without
+
     try:
         open_picture(data, None).pixels(reduction=8)  # all of a JPEG's data, the fewest pixels
     except Exception as error:
@@ -81,6 +79,11 @@ def _reason(error: Exception) -> str:
 
 def reencode(extension: str, data: bytes, max_side: int, quality: int) -> tuple[str, bytes]:
     """An image as JPEG, its longer side brought down to `max_side`; as it is if that is no longer, or an array."""
+    import simplejpeg
+
+    from fcmae.data.augment import crop_resized
+    from fcmae.data.decode import ArrayPicture, open_picture
+
     picture = open_picture(data, None)
     height, width = picture.height, picture.width
     if isinstance(picture, ArrayPicture) or max(height, width) <= max_side:
@@ -217,7 +220,8 @@ def _start(images: Images) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":  # and nobody waits for work from a main process that was killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _run(
@@ -238,6 +242,8 @@ def _run(
         for number in names:
             yield number, _pack_shard(split.images, *job(number))
         return
+    if options.verify or options.max_side is not None:
+        import fcmae.data.augment  # noqa: F401, here once and not in every process
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else None)
     pool = ProcessPoolExecutor(min(jobs, len(names)), context, _start, (split.images,))
