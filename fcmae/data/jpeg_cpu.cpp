@@ -110,17 +110,18 @@ double bicubic(double x) {
 
 void make_filter(Filter& f, const Interval& in, int size) {
     const double scale = (in.high - in.low) / size, wide = std::max(scale, 1.0), support = 2 * wide;
-    f.taps = std::min(in.end - in.begin, static_cast<int>(2 * support) + 2);
+    const auto centre = [&](int i) { return in.low + (i + 0.5) * scale; };
+    const auto first = [&](int i) { return std::max(in.begin, static_cast<int>(std::floor(centre(i) - support + 0.5))); };
+    const auto last = [&](int i) { return std::min(in.end, static_cast<int>(std::floor(centre(i) + support + 0.5))); };
+    f.taps = 0;
+    for (int i = 0; i < size; ++i) f.taps = std::max(f.taps, last(i) - first(i));
     f.first.resize(size), f.weight.assign(static_cast<size_t>(size) * f.taps, 0);
     for (int i = 0; i < size; ++i) {
-        const double centre = in.low + (i + 0.5) * scale;
-        const int first = std::max(in.begin, static_cast<int>(std::floor(centre - support + 0.5)));
-        const int last = std::min(in.end, static_cast<int>(std::floor(centre + support + 0.5)));
-        const int start = f.first[i] = std::min(first, in.end - f.taps);
+        const int start = f.first[i] = std::min(first(i), in.end - f.taps), stop = last(i);
         float* weight = &f.weight[static_cast<size_t>(i) * f.taps];
         float sum = 0;
-        for (int k = first; k < last; ++k)
-            sum += weight[k - start] = static_cast<float>(bicubic((k - centre + 0.5) / wide));
+        for (int k = first(i); k < stop; ++k)
+            sum += weight[k - start] = static_cast<float>(bicubic((k - centre(i) + 0.5) / wide));
         for (int k = 0; k < f.taps; ++k) weight[k] /= sum;
     }
 }
