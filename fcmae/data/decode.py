@@ -21,6 +21,7 @@ Box = tuple[int, int, int, int]  # left, upper, right, lower
 MODES = {1: "L", 3: "RGB"}
 COLOURSPACES = {1: "GRAY", 3: "RGB"}
 ARRAY_TYPES = (np.uint8, np.uint16, np.float32)
+UNITS = {"uint8": 255, "uint16": 65535}  # what counts as 1; float32 is taken as it is
 
 
 class Picture(ABC):

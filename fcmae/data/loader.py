@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fcmae.data import jpeg
 from fcmae.data.augment import draw_visible_ids
-from fcmae.data.decode import Picture, open_picture
+from fcmae.data.decode import UNITS, Picture, open_picture
 from fcmae.data.faults import Faults
 from fcmae.data.index import BLOCK, ShardIndex
 from fcmae.data.order import BatchPlan, replacement, sample_generator
@@ -35,7 +35,6 @@ Batch = dict[str, Tensor]
 Bad = list[tuple[int, str]]  # samples that could not be used, and why
 NONE = np.empty(0, dtype=np.int64)
 ATTEMPTS = 10  # samples tried for one place
-UNITS = {torch.uint8: 255, torch.uint16: 65535}  # what counts as 1; float32 is taken as it is
 
 
 class ShardReader:
@@ -69,6 +68,10 @@ class ShardReader:
         shard = self.index.shard_of(sample)
         header = os.pread(self._open(shard), 512, self.index.offset(sample) - 512)
         return header[:100].rstrip(b"\0").decode("utf-8", "replace")
+
+    def where(self, sample: int) -> str:
+        """Shard and name of a sample."""
+        return f"{self.index.path(self.index.shard_of(sample))}: {self.name(sample)}"
 
     def _open(self, shard: int) -> int:
         if shard in self._files:
@@ -155,18 +158,14 @@ class Samples:
         try:
             return self.view(open_picture(data, self.channels), rng)
         except Exception as error:  # Pillow raises a dozen types for broken bytes; each is named, none swallowed
-            raise DataError(f"{self.where(sample)} cannot be decoded: {error}") from error
+            raise DataError(f"{self.reader.where(sample)} cannot be decoded: {error}") from error
 
     def stack(self, images: list[Tensor], ids: np.ndarray) -> Tensor:
         """(B, C, H, W), channels last as the decoder gives them. Raises DataError if the images' types differ."""
         for image, sample in zip(images, ids.tolist(), strict=True):
             if image.dtype != images[0].dtype:
-                raise DataError(f"{self.where(sample)} holds {image.dtype}, other samples {images[0].dtype}")
+                raise DataError(f"{self.reader.where(sample)} holds {image.dtype}, other samples {images[0].dtype}")
         return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-
-    def where(self, sample: int) -> str:
-        """Shard and name of a sample."""
-        return f"{self.reader.index.path(self.reader.index.shard_of(sample))}: {self.reader.name(sample)}"
 
 
 class _Loaded(NamedTuple):
@@ -270,7 +269,7 @@ def normalise(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """(B, C, H, W) on any device -> float32, (x - mean) / std per channel, x in 0–1 for uint8 and uint16."""
     shift = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
     scale = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
-    return (images.float() / UNITS.get(images.dtype, 1) - shift) / scale
+    return (images.float() / UNITS.get(str(images.dtype).removeprefix("torch."), 1) - shift) / scale
 
 
 def denormalise(images: Tensor, mean: list[float], std: list[float]) -> Tensor:

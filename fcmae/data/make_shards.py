@@ -178,7 +178,7 @@ def show(split: Split, folder: Path, prefix: str, how: PackOptions, jobs: int, c
         TextColumn("images, {task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(split.name or "images", total=len(split.order), rate="")
         written = 0
 
