@@ -142,7 +142,7 @@ def pack(
     """Write a split's shards into `folder`, those that are not there yet; `progress` is called for each shard.
 
     Raises:
-        DataError: if the folder holds the beginnings of other shards, if no image can be used, or if a process ends.
+        DataError: if the folder holds the beginnings of other shards, or if a process is ended from outside.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = plan(split, options)
