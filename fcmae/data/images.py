@@ -105,9 +105,6 @@ class TarImages(Images):
     def sizes(self) -> np.ndarray:
         return self.size.astype(np.int64)
 
-    def subset(self, numbers: np.ndarray, labels: np.ndarray) -> TarImages:
-        return TarImages(self.paths, self.archive[numbers], self.offset[numbers], self.size[numbers], labels)
-
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}}
 

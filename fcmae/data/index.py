@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,20 +166,3 @@ def split_size(path: str | None) -> int:
     if path == "demo":
         return SPLITS["train"]
     return len(read_index(str(path)))
-
-
-def scan_shard(path: Path) -> tuple[list[int], list[int], list[int], set[str]]:
-    """Offsets and sizes of the images, their labels (-1 = none) and extensions, read from the headers of one tar."""
-    images: dict[str, tuple[int, int]] = {}
-    extensions = set()
-    labels: dict[str, int] = {}
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            stem, extension = os.path.splitext(member.name)
-            if extension.lower() in IMAGE_EXTENSIONS:
-                images[stem] = (member.offset_data, member.size)
-                extensions.add(extension.lower())
-            elif extension == ".cls":
-                labels[stem] = int(archive.extractfile(member).read())  # type: ignore[union-attr]
-    offsets, sizes = ([image[field] for image in images.values()] for field in (0, 1))
-    return offsets, sizes, [labels.get(stem, -1) for stem in images], extensions

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcmae.data.index import BLOCK, INDEX_NAME, ShardIndex, scan_shard
+from fcmae.data.index import BLOCK, INDEX_NAME, ShardIndex
 from fcmae.errors import DataError
 from fcmae.files import written_whole
 
@@ -162,14 +162,3 @@ def index_of(folder: Path, shards: list[Written], classes: list[str], provenance
         provenance=provenance,
         extensions=sorted(set().union(*(shard.extensions for shard in shards))),
     )
-
-
-def index_shards(folder: Path, shards: list[str], classes: list[str], provenance: dict) -> ShardIndex:
-    """The index of existing shards, from their tar headers alone."""
-    found = []
-    for name in shards:
-        offsets, sizes, labels, extensions = scan_shard(folder / name)
-        blocks = array("I", [offset // BLOCK for offset in offsets])
-        arrays = blocks, array("I", sizes), array("i", labels)
-        found.append(Written(name, os.stat(folder / name).st_size, *arrays, extensions))
-    return index_of(folder, found, classes, provenance)
