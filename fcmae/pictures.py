@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fcmae.data.augment import CentreView
-from fcmae.data.index import ShardIndex
-from fcmae.data.loader import UNITS, Samples, ShardReader, denormalise, normalise
+from fcmae.data.loader import UNITS, Samples, denormalise, normalise
+from fcmae.data.reader import ShardReader
 from fcmae.files import written_whole
 from fcmae.model import FCMAE
 from fcmae.sparse.tiles import patchify, unpatchify
@@ -52,13 +52,18 @@ def reconstruct(model: FCMAE, images: Tensor, visible: Tensor) -> tuple[Tensor, 
 
 
 def write_reconstructions(
-    model: FCMAE, index: ShardIndex, path: Path, *, mean: list[float], std: list[float], seed: int = 0, count: int = 12
+    model: FCMAE,
+    reader: ShardReader,
+    path: Path,
+    *,
+    mean: list[float],
+    std: list[float],
+    seed: int = 0,
+    count: int = 12,
 ) -> None:
     """Write a PNG of `count` images of a split, spread over it, each as original | masked | reconstruction."""
-    ids = np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(np.int64)
-    samples = Samples(
-        ShardReader(index), CentreView(model.image_size), model.in_chans, seed, model.num_patches, model.num_visible
-    )
+    ids = np.linspace(0, len(reader.index) - 1, min(count, len(reader.index))).round().astype(np.int64)
+    samples = Samples(reader, CentreView(model.image_size), model.in_chans, seed, model.num_patches, model.num_visible)
     batch = samples.batch(0, ids)
     device = model.mask_token.device
     images = normalise(batch["image"].to(device), mean, std)

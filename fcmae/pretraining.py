@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fcmae.configuration import conf_dir, override
 from fcmae.convert import save_encoder
 from fcmae.data.augment import TrainView
-from fcmae.data.loader import FIXED_DATA, Batch, Samples, ShardReader, normalise, train_batches
+from fcmae.data.loader import FIXED_DATA, Batch, Samples, normalise, train_batches
+from fcmae.data.reader import ShardReader
 from fcmae.data.splits import open_faults, open_split, plan_batches
 from fcmae.model import FCMAE, create_model
 from fcmae.pictures import write_reconstructions
@@ -60,7 +61,8 @@ class _Pretraining:
         self.config, self.me = config, me
         index = open_split(config.data, "train", me)
         assert index is not None
-        self.index, self.shown = index, open_split(config.data, "val", me) or index
+        self.index = index
+        self.shown = ShardReader(open_split(config.data, "val", me) or index, config.data.storage)
         self.folder = RunFolder(Path(config.run.dir), me, FIXED, FREE)
         self.folder.open(config, index.fingerprint)
         self.mean, self.std = config.data.statistics(config.model.in_chans)
@@ -104,7 +106,7 @@ class _Pretraining:
         config, model = self.config, self.model
         low, high = config.data.crop_scale
         samples = Samples(
-            ShardReader(self.index),
+            ShardReader(self.index, config.data.storage),
             TrainView(model.image_size, (low, high), config.data.hflip),
             config.model.in_chans,
             config.run.seed,
@@ -140,7 +142,7 @@ class _Pretraining:
             f"FCMAE {config.model.size}: encoder {encoder / 1e6:.2f} M parameters, layout {model.layout}; "
             f"{model.image_size[0]}×{model.image_size[1]} images in {rows}×{columns} patches, "
             f"{model.num_visible} of {model.num_patches} visible\n"
-            f"data: {len(self.index):,} images in {len(self.index.shards)} shards from {self.index.folder}\n"
+            f"data: {len(self.index):,} images in {len(self.index.shards)} shards from {self.index.origin}\n"
             f"{config.optim.epochs} epochs, {self.total:,} steps of {config.optim.batch_size} images, "
             f"peak lr {config.optim.absolute_lr:.2e}, {config.run.precision} on {me.count} × {device}; "
             f"run folder {config.run.dir}"

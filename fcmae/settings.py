@@ -14,9 +14,12 @@ from typing import Any
 
 from fcmae import architecture
 from fcmae.architecture import Geometry
+from fcmae.data.storage import Storage, default_cache, exists, is_remote
 from fcmae.errors import ConfigError, DataError
 
 DEMO = "demo"
+READS = ("auto", "ahead", "cache")
+BLOCKS_CACHED = 3  # being read by the slowest process, by the fastest, and fetched ahead
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -76,6 +79,16 @@ class DataConfig:
     block_shards: int = 16
     on_error: str = "raise"
     max_bad_fraction: float = 0.01
+    read: str = "auto"
+    cache_dir: str | None = None
+    cache_gb: float = 100
+    allow_pipe: bool = False
+
+    @property
+    def storage(self) -> Storage:
+        folder = default_cache() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+        # No more than a block's: what is open cannot leave the cache.
+        return Storage(self.read, folder, int(self.cache_gb * 1e9), min(64, self.block_shards), self.allow_pipe)
 
     def validate(self, in_chans: int) -> None:
         require(self.workers >= 0, "data.workers", self.workers, "must be at least 0")
@@ -87,6 +100,8 @@ class DataConfig:
             self.max_bad_fraction,
             "must be at least 0 and below 1",
         )
+        require(self.read in READS, "data.read", self.read, f"must be one of {', '.join(READS)}")
+        require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "must be positive")
         low_high = self.crop_scale
         require(
             len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= 1,
@@ -108,7 +123,7 @@ class DataConfig:
         for split in ("train", "val"):
             extensions = None
             if self.split(split) not in (None, DEMO):
-                extensions = check_shards(f"data.{split}", str(self.split(split)))
+                extensions = self.check_shards(f"data.{split}", str(self.split(split)))
             require(
                 in_chans in (1, 3) or self.split(split) is None or extensions == [".npy"],
                 "model.in_chans",
@@ -117,34 +132,56 @@ class DataConfig:
                 "other numbers need shards of .npy arrays",
             )
 
+    def check_shards(self, key: str, path: str) -> list[str]:
+        """Raise unless `path` holds an index and every shard it lists, in full size; returns the images' extensions.
+
+        Of shards elsewhere only the index is read; `python -m fcmae.doctor` looks at them.
+        """
+        from fcmae.data.index import read_index  # numpy only, and not needed for the demo data
+
+        try:
+            index = read_index(path, self.storage)
+            index.check_files()
+        except DataError as error:
+            raise ConfigError(key, path, str(error)) from error
+        if self.read == "cache" or is_remote(path) or any(map(is_remote, index.shards)):
+            sizes = index.shard_bytes
+            least = min(int(sizes.sum()), BLOCKS_CACHED * self.block_shards * int(sizes.max())) / 1e9
+            require(
+                self.cache_gb >= least,
+                "data.cache_gb",
+                self.cache_gb,
+                f"must be at least {least:.3g}, {BLOCKS_CACHED} × data.block_shards={self.block_shards} of the shards "
+                f"of {key}={path}",
+            )
+        return index.extensions
+
     def split(self, name: str) -> str | None:
         """The folder (or DEMO) a split is read from; `data.val=auto` is the folder `val` beside the training shards."""
         value = self.train if name == "train" else self.val
         if name == "val" and value == "auto":
             if self.train == DEMO:
                 return DEMO
+            if is_remote(str(self.train)):
+                return self._val_beside_url(str(self.train))
             train = Path(str(self.train)).expanduser().resolve()
             beside = (train.parent if train.suffix == ".safetensors" else train).parent / "val"
             return str(beside) if (beside / "index.safetensors").is_file() else None
         return value
+
+    def _val_beside_url(self, train: str) -> str | None:
+        folder = train.rstrip("/").removesuffix("/index.safetensors").rsplit("/", 1)[0]
+        try:
+            self.storage.check(train)
+            return f"{folder}/val" if exists(f"{folder}/val/index.safetensors") else None
+        except DataError as error:
+            raise ConfigError("data.val", "auto", str(error)) from error
 
     def statistics(self, in_chans: int) -> tuple[list[float], list[float]]:
         """Per-channel mean and standard deviation of pixels in 0–1: as set, else ImageNet's for RGB, 0.5 for grey."""
         imagenet = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         mean, std = imagenet if in_chans == 3 else ([0.5] * in_chans, [0.5] * in_chans)
         return self.mean or mean, self.std or std
-
-
-def check_shards(key: str, path: str) -> list[str]:
-    """Raise unless `path` holds an index and every shard it lists, in full size; returns the images' extensions."""
-    from fcmae.data.index import read_index  # numpy only, and not needed for the demo data
-
-    try:
-        index = read_index(path)
-        index.check_files()
-        return index.extensions
-    except DataError as error:
-        raise ConfigError(key, path, str(error)) from error
 
 
 @dataclass
@@ -308,7 +345,7 @@ def check_batch_fits(batch_size: int, data: DataConfig) -> None:
     """Raise if one batch is larger than the training set, which would leave no step in an epoch."""
     from fcmae.data.index import split_size
 
-    images = split_size(data.split("train"))
+    images = split_size(data.split("train"), data.storage)
     require(
         batch_size <= images,
         "optim.batch_size",

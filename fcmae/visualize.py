@@ -73,6 +73,7 @@ def hydra_main(composed: DictConfig) -> None:
 
 def visualize(config: VisualizeConfig) -> None:
     """Write the picture `config` asks for."""
+    from fcmae.data.reader import ShardReader
     from fcmae.data.splits import open_split
     from fcmae.pictures import write_reconstructions
     from fcmae.pretraining import build_model
@@ -87,13 +88,14 @@ def visualize(config: VisualizeConfig) -> None:
         step = load(folder, model)
         index = open_split(config.source, "val", me) or open_split(config.source, "train", me)
         assert index is not None
+        reader = ShardReader(index, config.source.storage)
         mean, std = config.source.statistics(config.model.in_chans)
         output = Path(config.output)
         try:
-            write_reconstructions(model, index, output, mean=mean, std=std, seed=config.seed, count=config.count)
+            write_reconstructions(model, reader, output, mean=mean, std=std, seed=config.seed, count=config.count)
         except OSError as error:
             raise ConfigError("output", output, f"cannot be written: {error.strerror}") from error
-    print(f"{output}: {min(config.count, len(index))} images of {index.folder}, model of step {step:,}")
+    print(f"{output}: {min(config.count, len(index))} images of {index.origin}, model of step {step:,}")
 
 
 def main() -> None:

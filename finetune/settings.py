@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fcmae import architecture
@@ -191,7 +190,7 @@ class FinetuneConfig:
             source = self.data.split(split)
             if source in (None, DEMO):
                 continue
-            index = read_index(Path(str(source)))
+            index = read_index(str(source), self.data.storage)
             require(
                 len(index) > 0 and int(index.label.min()) >= 0,
                 f"data.{split}",

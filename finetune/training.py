@@ -20,7 +20,8 @@ from fcmae import __version__
 from fcmae.architecture import pair
 from fcmae.convert import load_encoder, read_encoder
 from fcmae.data.augment import CentreView, TrainView
-from fcmae.data.loader import FIXED_DATA, Batch, Samples, ShardReader, evaluation_batches, normalise, train_batches
+from fcmae.data.loader import FIXED_DATA, Batch, Samples, evaluation_batches, normalise, train_batches
+from fcmae.data.reader import ShardReader
 from fcmae.data.splits import open_faults, open_split, plan_batches
 from fcmae.files import written_whole
 from fcmae.model import create_encoder
@@ -90,7 +91,9 @@ class _Finetuning:
         stop_at = min(total, config.run.max_steps or total)
         crop = TrainView(self.size, tuple(config.data.crop_scale), config.data.hflip)  # type: ignore[arg-type]
         view = AugmentedView(crop, config.augment.rand_augment, self.mean)
-        samples = Samples(ShardReader(self.train_index), view, int(config.model.in_chans or 3), config.run.seed)
+        samples = Samples(
+            ShardReader(self.train_index, config.data.storage), view, int(config.model.in_chans or 3), config.run.seed
+        )
         augment = BatchAugment(config.augment, self.train_index.num_classes, me.device)
 
         def batches(step: int) -> Iterator[Batch]:
@@ -147,7 +150,9 @@ class _Finetuning:
             return
         config = self.config
         samples = Samples(
-            ShardReader(self.val_index), CentreView(self.size, config.eval.crop_share), int(config.model.in_chans or 3)
+            ShardReader(self.val_index, config.data.storage),
+            CentreView(self.size, config.eval.crop_share),
+            int(config.model.in_chans or 3),
         )
 
         def score(model: nn.Module) -> dict[str, float]:
@@ -199,7 +204,7 @@ class _Finetuning:
         return (
             f"ConvNeXt V2 {config.model.size}: {millions:.2f} M parameters, {start}; "
             f"{self.size[0]}×{self.size[1]} images, {self.train_index.num_classes} classes\n"
-            f"data: {len(self.train_index):,} images from {self.train_index.folder}{val}\n"
+            f"data: {len(self.train_index):,} images from {self.train_index.origin}{val}\n"
             f"{config.optim.epochs} epochs, {total:,} steps of {config.optim.batch_size} images, peak lr "
             f"{config.optim.absolute_lr:.2e}, layer decay {config.layer_decay}; run folder {config.run.dir}"
         )

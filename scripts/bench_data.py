@@ -38,8 +38,9 @@ from bench_machine import table
 from fcmae.data.augment import TrainView, random_resized_crop_box
 from fcmae.data.decode import open_picture
 from fcmae.data.index import read_index
-from fcmae.data.loader import Samples, ShardReader, train_batches
+from fcmae.data.loader import Samples, train_batches
 from fcmae.data.order import BatchPlan
+from fcmae.data.reader import ShardReader
 from fcmae.data.writer import write_shards
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 400))

@@ -209,7 +209,7 @@ def test_a_broken_image_ends_the_run_in_one_line(tmp_path):
     from fcmae.data.index import read_index
 
     index = read_index(make_split(tmp_path / "train", 24))
-    with open(index.path(0), "r+b") as shard:
+    with open(index.source(0), "r+b") as shard:
         shard.seek(index.offset(3))
         shard.write(b"\0" * int(index.size[3]))
     done = run_module("fcmae.pretrain", *tiny_run(tmp_path), "data.workers=1", cwd=tmp_path)

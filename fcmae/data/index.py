@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fcmae.data.storage import Storage, download, is_remote, join, version
 from fcmae.errors import DataError
 from fcmae.files import written_whole
 
@@ -38,8 +39,8 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 class ShardIndex:
     """S shards with N samples in all; arrays over samples are in shard order."""
 
-    folder: Path
-    shards: list[str]
+    folder: Path  # of the index file, here or in the cache
+    shards: list[str]  # names beside the index, or locations (`fcmae.data.storage`)
     shard_samples: np.ndarray  # (S,) int64
     shard_bytes: np.ndarray  # (S,) int64
     block: np.ndarray  # (N,) uint32, the image's first block of 512 bytes in its tar
@@ -48,6 +49,7 @@ class ShardIndex:
     classes: list[str] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
     extensions: list[str] = field(default_factory=list)  # of the images, as in their names; not known of old indices
+    base: str = ""  # the location that names of shards are relative to, where that is not `folder`
 
     def __post_init__(self) -> None:
         self._first = np.concatenate([[0], np.cumsum(self.shard_samples)])
@@ -83,14 +85,26 @@ class ShardIndex:
         """The shard a sample lies in."""
         return int(np.searchsorted(self._first, sample, side="right")) - 1
 
-    def path(self, shard: int) -> Path:
-        return self.folder / self.shards[shard]
+    def first_sample(self, shard: int) -> int:
+        return int(self._first[shard])
+
+    def source(self, shard: int) -> str:
+        """Where a shard lies: a path, a URL or a command."""
+        name = self.shards[shard]
+        return join(self.base, name) if self.base or is_remote(name) else str(self.folder / name)
+
+    @property
+    def origin(self) -> str:
+        """Where the index came from, for people."""
+        return self.base or str(self.folder)
 
     def check_files(self) -> None:
-        """Raise DataError unless every shard exists in the size the index knows."""
+        """Raise DataError unless every shard that lies on this machine exists in the size the index knows."""
         for shard, expected in enumerate(self.shard_bytes):
+            if is_remote(self.source(shard)):
+                continue
             try:
-                actual = os.stat(self.path(shard)).st_size
+                actual = os.stat(self.source(shard)).st_size
             except OSError:
                 raise DataError(f"shard {self.shards[shard]} is missing") from None
             if actual != expected:
@@ -113,14 +127,46 @@ class ShardIndex:
             save_file(arrays, temporary, metadata=header)
 
 
-def read_index(path: str | Path) -> ShardIndex:
-    """The index of a folder of shards, given the folder or the index file itself. Raises DataError."""
-    path = Path(path).expanduser()
-    file = path if path.suffix == ".safetensors" else path / INDEX_NAME
-    if not path.exists():
-        raise DataError("no such file or folder; it must be a folder written by scripts/make_shards.py")
-    if not file.is_file():
-        raise DataError(f"holds no {INDEX_NAME}; write one with scripts/make_shards.py")
+def read_index(path: str | Path, storage: Storage | None = None) -> ShardIndex:
+    """The index of a folder of shards, given the folder or the index file itself, here or elsewhere.
+
+    Raises:
+        DataError: if there is none, it cannot be read, or names shards that `storage` does not allow.
+    """
+    storage = storage or Storage()
+    base = ""
+    if is_remote(str(path)):
+        location = str(path) if str(path).endswith(".safetensors") else join(str(path), INDEX_NAME)
+        base = str(path).rsplit("/", 1)[0] if location == str(path) else str(path)
+        storage.check(location)
+        file = _brought(location, storage)
+    else:
+        path = Path(path).expanduser()
+        file = path if path.suffix == ".safetensors" else path / INDEX_NAME
+        if not path.exists():
+            raise DataError("no such file or folder; it must be a folder written by scripts/make_shards.py")
+        if not file.is_file():
+            raise DataError(f"holds no {INDEX_NAME}; write one with scripts/make_shards.py")
+    index = _read(file, base)
+    storage.check_names(index.shards, base)
+    return index
+
+
+def _brought(location: str, storage: Storage) -> Path:
+    """A copy of an index from elsewhere, the one of before if that is the same."""
+    known = version(location)
+    digest = hashlib.sha256(f"{location}\0{known}".encode()).hexdigest()[:20]
+    file = storage.cache_dir / f"index-{digest}.safetensors"
+    if known is None or not file.exists():
+        try:
+            with written_whole(file) as temporary:
+                download(location, temporary)
+        except OSError as error:
+            raise DataError(f"data.cache_dir={storage.cache_dir}: cannot be written: {error.strerror}") from error
+    return file
+
+
+def _read(file: Path, base: str) -> ShardIndex:
     try:
         with safe_open(file, framework="numpy") as handle:
             header = handle.metadata() or {}
@@ -141,6 +187,7 @@ def read_index(path: str | Path) -> ShardIndex:
         classes=json.loads(header["classes"]),
         provenance=json.loads(header["provenance"]),
         extensions=json.loads(header.get("extensions", "[]")),
+        base=base,
         **arrays,
     )
 
@@ -159,10 +206,10 @@ def _mapped(file: Path) -> dict[str, np.ndarray]:
     }
 
 
-def split_size(path: str | None) -> int:
+def split_size(path: str | None, storage: Storage | None = None) -> int:
     """Number of samples in a split, without reading more than its header; the demo's is known before it is rendered."""
     from fcmae.data.demo import SPLITS
 
     if path == "demo":
         return SPLITS["train"]
-    return len(read_index(str(path)))
+    return len(read_index(str(path), storage))

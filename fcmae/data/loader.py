@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fcmae.data import jpeg
 from fcmae.data.augment import draw_visible_ids
 from fcmae.data.decode import UNITS, Picture, open_picture
 from fcmae.data.faults import Faults
-from fcmae.data.index import BLOCK, ShardIndex
+from fcmae.data.index import ShardIndex
 from fcmae.data.order import BatchPlan, replacement, sample_generator
+from fcmae.data.reader import ShardReader
 from fcmae.errors import DataError
 
 # What decides how a sample looks or which step sees it; a continued run must keep that. Where the training
@@ -35,62 +35,17 @@ Batch = dict[str, Tensor]
 Bad = list[tuple[int, str]]  # samples that could not be used, and why
 NONE = np.empty(0, dtype=np.int64)
 ATTEMPTS = 10  # samples tried for one place
+SHARDS_AHEAD = 2  # fetched before an evaluation needs them
 
 
-class ShardReader:
-    """Random access into local shards; keeps a bounded number of files open."""
+class Plan(Protocol):
+    """What the batches of a loader are."""
 
-    def __init__(self, index: ShardIndex, max_open: int = 64) -> None:
-        self.index = index
-        self.max_open = max_open
-        self._files: OrderedDict[int, int] = OrderedDict()
+    def samples(self, number: int) -> tuple[int, np.ndarray]:
+        """Epoch and sample ids of batch `number`."""
 
-    def read(self, sample: int) -> bytes:
-        """The bytes of a sample's image. Raises DataError."""
-        shard = self.index.shard_of(sample)
-        size, offset = int(self.index.size[sample]), self.index.offset(sample)
-        try:
-            file = self._open(shard)
-            header, data = os.pread(file, BLOCK, offset - BLOCK), os.pread(file, size, offset)
-        except OSError as error:
-            raise DataError(f"{self.index.path(shard)} cannot be read: {error.strerror}") from error
-        if len(data) != size or len(header) != BLOCK:
-            raise DataError(f"{self.index.path(shard)} ends inside sample {sample:,} of the index; it was cut short")
-        if header[257:262] != b"ustar" or header[124:136].strip(b" \0").lstrip(b"0") != (b"%o" % size).lstrip(b"0"):
-            raise DataError(
-                f"{self.index.path(shard)} holds something else than the index says at sample {sample:,}; "
-                "write the shards and their index again"
-            )
-        return data
-
-    def name(self, sample: int) -> str:
-        """The name of a sample's image in its shard, read from the tar header before its bytes."""
-        shard = self.index.shard_of(sample)
-        header = os.pread(self._open(shard), 512, self.index.offset(sample) - 512)
-        return header[:100].rstrip(b"\0").decode("utf-8", "replace")
-
-    def where(self, sample: int) -> str:
-        """Shard and name of a sample."""
-        return f"{self.index.path(self.index.shard_of(sample))}: {self.name(sample)}"
-
-    def _open(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) >= self.max_open:
-            os.close(self._files.popitem(last=False)[1])
-        try:
-            self._files[shard] = os.open(self.index.path(shard), os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"shard {self.index.path(shard)} cannot be opened: {error.strerror}") from None
-        return self._files[shard]
-
-    def __getstate__(self) -> dict:
-        return {"index": self.index, "max_open": self.max_open, "_files": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
+    def shards(self, number: int) -> list[int]:
+        """The shards that batch `number` and those after it need, soonest first."""
 
 
 @dataclass
@@ -180,11 +135,12 @@ class _Loaded(NamedTuple):
 class _Batches(Dataset):
     """Item k is the batch `plan(k)` names."""
 
-    def __init__(self, samples: Samples, plan: Callable[[int], tuple[int, np.ndarray]], skip: bool) -> None:
+    def __init__(self, samples: Samples, plan: Plan, skip: bool) -> None:
         self.samples, self.plan, self.skip = samples, plan, skip
 
     def __getitem__(self, number: int) -> _Loaded:
-        epoch, ids = self.plan(number)
+        self.samples.reader.expect(self.plan.shards(number), *_place())
+        epoch, ids = self.plan.samples(number)
         bad: Bad = []
         try:
             return _Loaded(self.samples.batch(epoch, ids, bad if self.skip else None), len(ids), bad)
@@ -199,7 +155,7 @@ def train_batches(
 
     Without `faults` the first sample that cannot be used raises DataError; with it they are replaced and counted.
     """
-    return _load(_Batches(samples, plan.micro_batch_samples, faults is not None), range(start, stop), workers, faults)
+    return _load(_Batches(samples, plan, faults is not None), range(start, stop), workers, faults)
 
 
 def evaluation_batches(
@@ -211,18 +167,31 @@ def evaluation_batches(
     """
     samples = replace(samples, replace=False)
     ids = np.arange(len(samples.reader.index))[rank::ranks]
-    plan = _Chunks(ids, batch_size)
+    plan = _Chunks(samples.reader.index, ids, batch_size)
     numbers = range(-(-len(ids) // batch_size))
     return _load(_Batches(samples, plan, faults is not None), numbers, workers, faults)
 
 
 @dataclass
 class _Chunks:
+    index: ShardIndex
     ids: np.ndarray
     batch_size: int
 
-    def __call__(self, number: int) -> tuple[int, np.ndarray]:
+    def samples(self, number: int) -> tuple[int, np.ndarray]:
         return 0, self.ids[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def shards(self, number: int) -> list[int]:
+        first, last = (self.index.shard_of(int(self.samples(number)[1][end])) for end in (0, -1))
+        return list(range(first, min(last + 1 + SHARDS_AHEAD, len(self.index.shards))))
+
+
+def _place() -> tuple[int, int]:
+    """Which of the loading processes of this machine this is, and of how many."""
+    worker = get_worker_info()
+    number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+    rank, ranks = (int(os.environ.get(name, one)) for name, one in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
+    return rank * count + number, ranks * count
 
 
 def _load(batches: _Batches, numbers: range, workers: int, faults: Faults | None) -> Iterator[Batch]:

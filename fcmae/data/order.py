@@ -58,6 +58,12 @@ class EpochOrder:
                 self._kept.popitem(last=False)
         return self._kept[number]
 
+    def blocks_from(self, position: int) -> tuple[list[int], list[int]]:
+        """The shards of the block at a position of the epoch, and of the block after it (none after the last)."""
+        number = int(np.searchsorted(self._start, position, side="right")) - 1
+        following = self._blocks[number + 1].tolist() if number + 1 < len(self._blocks) else []
+        return self._blocks[number].tolist(), following
+
     def samples(self, start: int, stop: int) -> np.ndarray:
         """Global sample ids at positions [start, stop) of the epoch: (stop - start,) int64."""
         parts = []
@@ -85,7 +91,7 @@ class BatchPlan:
     block_shards: int = 16
 
     def __post_init__(self) -> None:
-        self._order: EpochOrder | None = None
+        self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,11 +102,29 @@ class BatchPlan:
         """Samples of one micro-batch on one rank."""
         return self.batch_size // (self.ranks * self.accumulate)
 
-    def micro_batch_samples(self, number: int) -> tuple[int, np.ndarray]:
+    def samples(self, number: int) -> tuple[int, np.ndarray]:
         """Epoch and global sample ids of this rank's micro-batch `number`."""
+        order, start = self._place(number)
+        return order.epoch, order.samples(start, start + self.micro_batch)
+
+    def shards(self, number: int) -> list[int]:
+        """The shards of the block that this rank's micro-batch `number` begins in, then those of the next block."""
+        order, start = self._place(number)
+        now, following = order.blocks_from(start)
+        if not following:
+            following = self._epoch(order.epoch + 1).blocks_from(0)[0]
+        return [*now, *(shard for shard in following if shard not in now)]
+
+    def _place(self, number: int) -> tuple[EpochOrder, int]:
+        """The order of the epoch of this rank's micro-batch `number`, and where in it that begins."""
         step, part = divmod(number, self.accumulate)
         epoch, step = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order.epoch != epoch:
-            self._order = EpochOrder(self.shard_samples, self.seed, epoch, self.block_shards)
         start = step * self.batch_size + (part * self.ranks + self.rank) * self.micro_batch
-        return epoch, self._order.samples(start, start + self.micro_batch)
+        return self._epoch(epoch), start
+
+    def _epoch(self, epoch: int) -> EpochOrder:
+        if epoch not in self._orders:
+            self._orders[epoch] = EpochOrder(self.shard_samples, self.seed, epoch, self.block_shards)
+            if len(self._orders) > 2:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]

@@ -18,7 +18,7 @@ def open_split(data: DataConfig, name: str, ranks: Ranks) -> ShardIndex | None:
     if source is None:
         return None
     if source != DEMO:
-        return read_index(source)
+        return read_index(source, data.storage)
     if ranks.main:
         try:
             ensure_demo()

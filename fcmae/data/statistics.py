@@ -18,7 +18,7 @@ from rich.progress import track
 
 from fcmae.data.decode import UNITS, open_picture
 from fcmae.data.index import read_index
-from fcmae.data.loader import ShardReader
+from fcmae.data.reader import ShardReader
 from fcmae.errors import DataError, UserError
 
 

@@ -14,8 +14,8 @@ from timm.data import ImageNetInfo
 
 from fcmae.data.archives import members
 from fcmae.data.index import read_index
-from fcmae.data.loader import ShardReader
 from fcmae.data.make_shards import main
+from fcmae.data.reader import ShardReader
 from fcmae.data.synsets import class_order, validation_labels
 from fcmae.errors import DataError
 

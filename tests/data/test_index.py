@@ -85,7 +85,7 @@ loaded, in_index = time.perf_counter() - start, peak() - before
 start = time.perf_counter()
 plan = BatchPlan(index.shard_samples, 4096, rank=3, ranks=8)
 for step in range(plan.steps_per_epoch):
-    plan.micro_batch_samples(step)
+    plan.samples(step)
 print(loaded, in_index, time.perf_counter() - start, peak() - before - in_index)
 """
 

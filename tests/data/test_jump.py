@@ -16,11 +16,13 @@ PROGRAM = """
 import sys, time
 from fcmae.data.augment import TrainView
 from fcmae.data.index import read_index
-from fcmae.data.loader import Samples, ShardReader, train_batches
+from fcmae.data.loader import Samples, train_batches
+from fcmae.data.reader import ShardReader
+from fcmae.data.storage import Storage
 from fcmae.data.order import BatchPlan
 
 start = time.perf_counter()
-samples = Samples(ShardReader(read_index(sys.argv[1]), max_open=1000), TrainView((224, 224)), 3)
+samples = Samples(ShardReader(read_index(sys.argv[1]), Storage(max_open=1000)), TrainView((224, 224)), 3)
 plan = BatchPlan(samples.reader.index.shard_samples, 256)
 for batch in train_batches(samples, plan, 4000, 4001, int(sys.argv[2])):
     print(time.perf_counter() - start, len(batch["image"]), len(samples.reader._files))
@@ -38,7 +40,7 @@ def test_step_4000_of_imagenet(tmp_path):
     folder.mkdir()
     names = [f"shard-{number:06d}.tar" for number in range(SHARDS)]
     for name in names:
-        (folder / name).symlink_to(one.path(0))
+        (folder / name).symlink_to(one.source(0))
     ShardIndex(
         folder=folder,
         shards=names,

@@ -17,8 +17,10 @@ from fcmae.data.decode import open_picture
 from fcmae.data.demo import CLASSES, SPLITS, ensure_demo, render
 from fcmae.data.faults import Faults
 from fcmae.data.index import read_index, split_size
-from fcmae.data.loader import Samples, ShardReader, denormalise, evaluation_batches, normalise, train_batches
+from fcmae.data.loader import Samples, denormalise, evaluation_batches, normalise, train_batches
 from fcmae.data.order import BatchPlan, sample_generator
+from fcmae.data.reader import ShardReader
+from fcmae.data.storage import Storage
 from fcmae.errors import DataError
 
 
@@ -83,7 +85,7 @@ def test_evaluation_sees_every_image_once(shards, ranks, workers):
 def test_a_broken_image_is_named(tmp_path, workers):
     folder = make_split(tmp_path / "train", 24)
     index = read_index(folder)
-    with open(index.path(1), "r+b") as shard:
+    with open(index.source(1), "r+b") as shard:
         shard.seek(index.offset(20))
         shard.write(b"\0" * int(index.size[20]))
     with pytest.raises(DataError, match=r"shard-000001.tar: 000020.png cannot be decoded"):
@@ -94,7 +96,7 @@ def spoil(folder, *numbers):
     """Overwrite the images of some samples."""
     index = read_index(folder)
     for number in numbers:
-        with open(index.path(index.shard_of(number)), "r+b") as shard:
+        with open(index.source(index.shard_of(number)), "r+b") as shard:
             shard.seek(index.offset(number))
             shard.write(b"\0" * int(index.size[number]))
 
@@ -204,7 +206,7 @@ def test_unusable_indices_are_named(tmp_path):
 
 def test_reader_keeps_few_files_open_and_pickles(tmp_path):
     folder = make_split(tmp_path / "train", 40, per_shard=4)
-    reader = ShardReader(read_index(folder), max_open=3)
+    reader = ShardReader(read_index(folder), Storage(max_open=3))
     first = [reader.read(i) for i in range(40)]
     assert len(reader._files) == 3
     copy = pickle.loads(pickle.dumps(reader))

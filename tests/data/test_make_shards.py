@@ -12,8 +12,8 @@ import webdataset
 from conftest import png
 
 from fcmae.data.index import read_index
-from fcmae.data.loader import ShardReader
 from fcmae.data.make_shards import main
+from fcmae.data.reader import ShardReader
 from fcmae.data.sources import read_idx
 from fcmae.errors import DataError
 
@@ -57,7 +57,7 @@ def test_class_folders(classes, tmp_path, capsys):
     reader = ShardReader(index)
     stored = {reader.read(i) for i in range(12)}
     assert stored == {p.read_bytes() for p in classes.rglob("photo.*.png")}
-    urls = [str(index.path(i)) for i in range(3)]
+    urls = [str(index.source(i)) for i in range(3)]
     seen = [(s["png"], int(s["cls"])) for s in webdataset.WebDataset(urls, shardshuffle=False)]
     assert [label for _, label in seen] == index.label.tolist()
     assert [data for data, _ in seen] == [reader.read(i) for i in range(12)]

@@ -49,8 +49,8 @@ def test_global_batches_do_not_depend_on_ranks_or_accumulation(ranks, accumulate
     assert reference.steps_per_epoch == 59 // 12
     plans = [BatchPlan(counts, 12, accumulate, rank, ranks, seed=3, block_shards=2) for rank in range(ranks)]
     for step in range(3 * reference.steps_per_epoch):
-        expected_epoch, expected = reference.micro_batch_samples(step)
-        parts = [plan.micro_batch_samples(step * accumulate + part) for part in range(accumulate) for plan in plans]
+        expected_epoch, expected = reference.samples(step)
+        parts = [plan.samples(step * accumulate + part) for part in range(accumulate) for plan in plans]
         assert {epoch for epoch, _ in parts} == {expected_epoch}
         assert np.concatenate([ids for _, ids in parts]).tolist() == expected.tolist()
 
@@ -59,13 +59,13 @@ def test_steps_of_an_epoch_do_not_repeat_samples():
     plan = BatchPlan(np.array([40, 25]), 8, seed=0)
     for epoch in range(2):
         first = epoch * plan.steps_per_epoch
-        ids = np.concatenate([plan.micro_batch_samples(first + step)[1] for step in range(plan.steps_per_epoch)])
+        ids = np.concatenate([plan.samples(first + step)[1] for step in range(plan.steps_per_epoch)])
         assert len(set(ids.tolist())) == len(ids) == 64
 
 
 def test_a_jump_costs_no_replay():
     plan = BatchPlan(np.full(1282, 1000), 4096, seed=0)
-    epoch, ids = plan.micro_batch_samples(250_000)
+    epoch, ids = plan.samples(250_000)
     assert epoch == 250_000 // plan.steps_per_epoch
     assert len(ids) == 4096
 
@@ -87,10 +87,10 @@ def test_an_epoch_of_1024_ranks_has_no_repeats_and_no_gaps():
         plan._order = order
     seen = np.zeros(counts.sum(), dtype=np.int8)
     for step in range(alone.steps_per_epoch, 2 * alone.steps_per_epoch):
-        ids = np.concatenate([plan.micro_batch_samples(step)[1] for plan in plans])
+        ids = np.concatenate([plan.samples(step)[1] for plan in plans])
         np.add.at(seen, ids, 1)
         if step % 50 == 0:
-            assert np.array_equal(ids, alone.micro_batch_samples(step)[1])
+            assert np.array_equal(ids, alone.samples(step)[1])
     assert seen.max() == 1
     assert (seen == 0).sum() == counts.sum() % 4096  # the last, incomplete batch
 

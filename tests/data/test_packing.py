@@ -20,9 +20,9 @@ from PIL import Image
 from fcmae.data import packing
 from fcmae.data.images import Images
 from fcmae.data.index import read_index
-from fcmae.data.loader import ShardReader
 from fcmae.data.make_shards import main, size
 from fcmae.data.packing import JOURNAL, PackOptions, pack, plan, reencode
+from fcmae.data.reader import ShardReader
 from fcmae.data.sources import Split
 from fcmae.errors import DataError
 

@@ -13,7 +13,8 @@ PROGRAM = """
 import hashlib, json, os, sys
 from fcmae.data.augment import TrainView
 from fcmae.data.index import read_index
-from fcmae.data.loader import Samples, ShardReader, train_batches
+from fcmae.data.loader import Samples, train_batches
+from fcmae.data.reader import ShardReader
 from fcmae.data.order import BatchPlan
 
 folder, out, accumulate, start, stop = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])

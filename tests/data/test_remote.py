@@ -1,0 +1,244 @@
+"""Shards elsewhere: the same batches as from a folder, whatever the network does, within a bounded cache."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_split, run_module, tiny_run
+from servers import flaky_server
+
+from fcmae.data import storage
+from fcmae.data.augment import CentreView, TrainView
+from fcmae.data.faults import Faults
+from fcmae.data.index import read_index
+from fcmae.data.loader import Samples, evaluation_batches, train_batches
+from fcmae.data.order import BatchPlan
+from fcmae.data.reader import ShardReader
+from fcmae.data.storage import Storage
+from fcmae.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+
+
+def collect(location, where=None, workers=0, epochs=2, block_shards=2, faults=None):
+    index = read_index(location, where)
+    plan = BatchPlan(index.shard_samples, 24, block_shards=block_shards)
+    samples = Samples(ShardReader(index, where), TrainView((16, 24)), 3, num_patches=6, visible=2)
+    return list(train_batches(samples, plan, 0, epochs * plan.steps_per_epoch, workers, faults))
+
+
+def same(first, second):
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        assert set(a) == set(b)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Watched:
+    """The largest number of bytes a folder held while the block ran, as a thread saw it."""
+
+    def __init__(self, folder):
+        self.folder, self.most, self.stopped = folder, 0, threading.Event()
+
+    def look(self):
+        while not self.stopped.is_set():
+            total = 0
+            for entry in os.scandir(self.folder) if self.folder.exists() else ():
+                try:
+                    total += entry.stat().st_size if ".tar" in entry.name else 0
+                except OSError:
+                    continue
+            self.most = max(self.most, total)
+            time.sleep(0.001)
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopped.set()
+        self.thread.join()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_over_a_failing_network_are_those_of_the_folder(shards, tmp_path, workers):
+    with flaky_server(shards, share=0.6) as server:
+        where = Storage(cache_dir=tmp_path / "cache")
+        same(collect(f"{server.url}/train", where, workers), collect(shards / "train"))
+        assert len(server.failed) == 5  # every kind of failure was met
+        # Both epochs from one download of each shard, by whichever process.
+        tars = {path: count for path, count in server.served.items() if path.endswith(".tar")}
+        assert tars == {f"/train/{name}": 1 for name in read_index(shards / "train").shards}
+        before = server.asked.total()
+        same(collect(f"{server.url}/train", where), collect(shards / "train"))
+        assert server.asked.total() == before  # the index is known to be the same, the shards are there
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_cache_stays_within_its_limit(tmp_path, workers):
+    folder = make_split(tmp_path / "train", 240, per_shard=12)
+    sizes = read_index(folder).shard_bytes
+    limit = 6 * int(sizes.max())  # three blocks of two shards, of twenty shards
+    with flaky_server(tmp_path) as server, Watched(tmp_path / "cache") as watched:
+        where = Storage(cache_dir=tmp_path / "cache", cache_bytes=limit, max_open=2)
+        same(collect(f"{server.url}/train", where, workers, epochs=3), collect(folder, epochs=3))
+    assert limit / 2 < watched.most <= limit
+    assert sum(server.served.values()) > 20
+
+
+def test_shards_are_fetched_before_they_are_wanted(tmp_path):
+    folder = make_split(tmp_path / "train", 240, per_shard=12)
+    with flaky_server(tmp_path) as server:
+        where = Storage(cache_dir=tmp_path / "cache")
+        index = read_index(f"{server.url}/train", where)
+        plan = BatchPlan(index.shard_samples, 24, block_shards=2)
+        reader = ShardReader(index, where)
+        reader.expect(plan.shards(0))
+        wanted = {f"/train/{index.shards[shard]}" for shard in plan.shards(0)}
+        assert len(wanted) == 4  # this block and the next
+        deadline = time.monotonic() + 20
+        while {path for path in server.served if path.endswith(".tar")} != wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        del reader
+    assert read_index(folder).shards == index.shards
+
+
+def test_evaluation_fetches_the_next_shards(shards, tmp_path):
+    with flaky_server(shards, share=0.5) as server:
+        where = Storage(cache_dir=tmp_path / "cache")
+        index = read_index(f"{server.url}/val", where)
+        samples = Samples(ShardReader(index, where), CentreView((16, 16)), 3)
+        batches = list(evaluation_batches(samples, 6, 0, 1, 2))
+    assert sorted(torch.cat([batch["index"] for batch in batches]).tolist()) == list(range(20))
+    local = Samples(ShardReader(read_index(shards / "val")), CentreView((16, 16)), 3)
+    same(batches, list(evaluation_batches(local, 6, 0, 1, 0)))
+
+
+def test_a_shard_that_is_not_there(shards, tmp_path):
+    folder = tmp_path / "train"
+    index = read_index(make_split(folder, 72))
+    (folder / index.shards[2]).unlink()
+    with flaky_server(tmp_path) as server:
+        where = Storage(cache_dir=tmp_path / "cache")
+        with pytest.raises(DataError) as caught:
+            collect(f"{server.url}/train", where)
+        url = f"{server.url}/train/{index.shards[2]}"
+        assert str(caught.value) == f"{url} cannot be read: there is no such file"
+        lines = []
+        batches = collect(f"{server.url}/train", where, faults=Faults(0.5, lines.append))
+        assert len(batches) == 6
+        seen = torch.cat([batch["index"] for batch in batches])
+        assert not ((seen >= index.first_sample(2)) & (seen < index.first_sample(3))).any()
+        assert all(url in line for line in lines[:20])
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+@pytest.mark.parametrize("failure", ["503", "reset", "cut", "short"])
+def test_a_server_that_never_answers_right(shards, tmp_path, monkeypatch, failure):
+    monkeypatch.setattr(storage, "TRIES", 3)
+    with flaky_server(shards) as server:
+        where = Storage(cache_dir=tmp_path / "cache")
+        index = read_index(f"{server.url}/train", where)
+        server.failure = lambda path: failure
+        reader = ShardReader(index, where)
+        with pytest.raises(DataError) as caught:
+            reader.read(0)
+        message = str(caught.value)
+        assert message.startswith(f"{server.url}/train/shard-000000.tar cannot be read, after 3 tries: ")
+        assert {"503": "503", "short": "bytes arrived where the index expects"}.get(failure, "") in message
+        assert "\n" not in message
+        tries = server.failed[failure]
+        assert tries >= 3
+        with pytest.raises(DataError, match="after 3 tries"):
+            reader.read(1)
+        assert server.failed[failure] == tries  # it is not asked again for every sample
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_an_index_that_was_written_anew_is_fetched_anew(tmp_path):
+    make_split(tmp_path / "a" / "train", 24)
+    make_split(tmp_path / "b" / "train", 48)
+    with flaky_server(tmp_path / "a") as server:
+        where = Storage(cache_dir=tmp_path / "cache")
+        assert len(read_index(f"{server.url}/train", where)) == 24
+        server.folder = tmp_path / "b"
+        os.utime(tmp_path / "b" / "train" / "index.safetensors", (1, 1))
+        assert len(read_index(f"{server.url}/train/index.safetensors", where)) == 48
+
+
+def test_a_run_over_the_network_is_the_run_from_the_folder(shards, tmp_path):
+    local = run_module("fcmae.pretrain", *tiny_run(shards, "run.dir=local"), cwd=tmp_path)
+    assert local.returncode == 0, local.stderr
+    with flaky_server(shards, share=0.3) as server:
+        options = [f"data.train={server.url}/train", f"data.cache_dir={tmp_path / 'cache'}", "data.workers=2"]
+        options += ["data.block_shards=2", "run.dir=remote"]
+        done = run_module("fcmae.pretrain", *tiny_run(shards, *options), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"from {server.url}/train" in done.stdout
+        assert server.served["/val/index.safetensors"] == 1  # data.val=auto looks beside the training shards
+        options = ["checkpoint=remote", "run.dir=tuned", "optim.batch_size=24", "run.max_steps=2", "data.workers=0"]
+        tuned = run_module("finetune.train", *options, f"data.cache_dir={tmp_path / 'cache'}", cwd=tmp_path)
+        assert tuned.returncode == 0, tuned.stderr
+
+
+def test_bad_locations_are_answered_in_a_line(shards, tmp_path):
+    with flaky_server(shards) as server:
+        for value, answer in (
+            (f"data.train={server.url}/nothing", "there is no such file"),
+            ("data.train=ftp://host/train", "must be a path or begin with http://, https://, s3://, gs://"),
+            ('data.train="pipe:cat {}"', "commands are only run with data.allow_pipe=true"),
+        ):
+            done = run_module("fcmae.pretrain", *tiny_run(shards, value, "data.val=null"), cwd=tmp_path)
+            assert done.returncode == 2, value
+            assert done.stderr.startswith("error: data.train="), done.stderr
+            assert answer in done.stderr
+            assert done.stderr.count("\n") == 1, done.stderr
+        options = [f"data.train={server.url}/train", "data.cache_gb=0.00001", "data.block_shards=1"]
+        options += [f"data.cache_dir={tmp_path / 'cache'}"]
+        done = run_module("fcmae.pretrain", *tiny_run(shards, *options), cwd=tmp_path)
+        assert done.returncode == 2
+        assert "data.cache_gb=1e-05: must be at least" in done.stderr
+        (tmp_path / "file").write_text("")
+        options = [f"data.train={server.url}/train", f"data.cache_dir={tmp_path / 'file' / 'cache'}"]
+        done = run_module("fcmae.pretrain", *tiny_run(shards, *options), cwd=tmp_path)
+        assert done.returncode == 2
+        assert f"data.cache_dir={tmp_path / 'file' / 'cache'}: cannot be written" in done.stderr
+
+
+def test_reading_ahead_and_copying_give_the_same_batches(shards, tmp_path):
+    expected = collect(shards / "train")
+    for read in ("ahead", "cache"):
+        where = Storage(read, tmp_path / "cache")
+        same(collect(shards / "train", where, workers=0), expected)
+        assert (tmp_path / "cache").exists() == (read == "cache")
+        same(collect(shards / "train", where, workers=2), expected)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 5
+
+
+def test_a_full_disk_ends_at_once(shards, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    index = read_index(shards / "train")
+    monkeypatch.setattr(storage.shutil, "copyfile", full)
+    with pytest.raises(DataError, match=r"shard-000000\.tar cannot be read: No space left on device"):
+        ShardReader(index, Storage("cache", tmp_path / "cache")).read(0)
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_samples_are_found_by_their_offsets(shards, tmp_path):
+    local = ShardReader(read_index(shards / "train"))
+    copied = ShardReader(local.index, Storage("cache", tmp_path / "cache", max_open=1))
+    for number in np.random.default_rng(0).integers(72, size=40).tolist():
+        assert copied.read(number) == local.read(number)
+        assert copied.name(number) == f"{number:06d}.png"
