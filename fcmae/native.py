@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fcmae.files import cache_folder
+
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 REALS = {torch.float32: "float", torch.float64: "double"}
 
@@ -147,7 +149,7 @@ def _version() -> str:
 def _built(name: str, command: list[str]) -> Path:
     """The library `name`, made by `command` (to which its path is added) unless the cache has it."""
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae" / "native"
+        cache = cache_folder() / "native"
         cache.mkdir(parents=True, exist_ok=True)
         if (cache / name).exists():
             return cache / name

@@ -78,6 +78,7 @@ class _Pretraining:
         start = self.folder.resume(config.run.resume, self.model, optimizer)
         self.tracker = Tracker(self.folder.path, config.tracking, self.folder.settings, start, self.me.main)
         self.display = Display(self.stop_at, start, self.me.main)
+        self.faults = open_faults(config.data, self.display)
         task = Task(
             model=self.model,
             optimizer=optimizer,
@@ -90,6 +91,7 @@ class _Pretraining:
             total_steps=self.total,
             clip_grad=config.optim.clip_grad,
             after_step=self.after_step,
+            bad_samples=self.faults.total if self.faults else None,
         )
         self.display.say(self.describe())
         try:
@@ -114,8 +116,7 @@ class _Pretraining:
             model.num_visible,
         )
         parts = config.optim.accumulate
-        faults = open_faults(config.data, self.display)
-        return train_batches(samples, self.plan, step * parts, self.stop_at * parts, config.data.workers, faults)
+        return train_batches(samples, self.plan, step * parts, self.stop_at * parts, config.data.workers, self.faults)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(normalise(batch["image"], self.mean, self.std), batch["visible"]).loss

@@ -91,6 +91,22 @@ class DataConfig:
         return Storage(self.read, folder, int(self.cache_gb * 1e9), min(64, self.block_shards), self.allow_pipe)
 
     def validate(self, in_chans: int) -> None:
+        """Raise ConfigError at the first setting that cannot be, or shard that is not what its index says."""
+        self.validate_settings(in_chans)
+        for split in ("train", "val"):
+            extensions = None
+            if self.split(split) not in (None, DEMO):
+                extensions = self.check_shards(f"data.{split}", str(self.split(split)))
+            require(
+                in_chans in (1, 3) or self.split(split) is None or extensions == [".npy"],
+                "model.in_chans",
+                in_chans,
+                f"image files, as in data.{split}={self.split(split)}, hold 1 (grey) or 3 (RGB) channels; "
+                "other numbers need shards of .npy arrays",
+            )
+
+    def validate_settings(self, in_chans: int) -> None:
+        """Without looking at the shards."""
         require(self.workers >= 0, "data.workers", self.workers, "must be at least 0")
         require(self.block_shards >= 1, "data.block_shards", self.block_shards, "must be at least 1")
         require(self.on_error in ("raise", "skip"), "data.on_error", self.on_error, "must be raise or skip")
@@ -120,17 +136,6 @@ class DataConfig:
         if self.std is not None:
             require(min(self.std) > 0, "data.std", self.std, "must be positive")
         require(self.train is not None, "data.train", "null", "must name a folder of shards, its index file, or demo")
-        for split in ("train", "val"):
-            extensions = None
-            if self.split(split) not in (None, DEMO):
-                extensions = self.check_shards(f"data.{split}", str(self.split(split)))
-            require(
-                in_chans in (1, 3) or self.split(split) is None or extensions == [".npy"],
-                "model.in_chans",
-                in_chans,
-                f"image files, as in data.{split}={self.split(split)}, hold 1 (grey) or 3 (RGB) channels; "
-                "other numbers need shards of .npy arrays",
-            )
 
     def check_shards(self, key: str, path: str) -> list[str]:
         """Raise unless `path` holds an index and every shard it lists, in full size; returns the images' extensions.

@@ -98,7 +98,6 @@ class _Finetuning:
 
         def batches(step: int) -> Iterator[Batch]:
             a = config.optim.accumulate
-            faults = open_faults(config.data, self.display)
             return train_batches(samples, plan, step * a, stop_at * a, config.data.workers, faults)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -108,6 +107,7 @@ class _Finetuning:
 
         self.tracker = Tracker(self.folder.path, config.tracking, self.folder.settings, start, me.main)
         self.display = Display(stop_at, start, me.main)
+        faults = open_faults(config.data, self.display)
         every = config.eval.every_epochs * plan.steps_per_epoch
 
         def after_step(step: int) -> None:
@@ -127,6 +127,7 @@ class _Finetuning:
             clip_grad=config.optim.clip_grad,
             ema=self.ema,
             after_step=after_step,
+            bad_samples=faults.total if faults else None,
         )
         self.display.say(self.describe(total))
         try:

@@ -219,6 +219,29 @@ def test_a_broken_image_ends_the_run_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_bad_samples_are_left_out_and_counted(tmp_path):
+    from fcmae.data.index import read_index
+
+    index = read_index(make_split(tmp_path / "train", 48))
+    with open(index.source(0), "r+b") as shard:
+        shard.seek(index.offset(3))
+        shard.write(b"\0" * int(index.size[3]))
+    metrics = []
+    for name, workers in (("one", 0), ("other", 2)):
+        options = ["data.on_error=skip", f"data.workers={workers}", f"run.dir={name}"]
+        done = run_module("fcmae.pretrain", *tiny_run(tmp_path, *options), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("left out: ") == 1
+        assert "shard-000000.tar: 000003.png cannot be decoded" in done.stdout
+        metrics.append([(record["loss"], record["bad_samples"]) for record in records(tmp_path / name)])
+    assert metrics[0] == metrics[1]
+    assert [count for _, count in metrics[0]] in ([0, 1, 1, 2], [0, 1, 2, 2], [1, 1, 1, 2], [1, 1, 2, 2])
+    tune = ["checkpoint=one", "run.dir=tuned", "optim.batch_size=24", "run.max_steps=2", "data.on_error=skip"]
+    done = run_module("finetune.train", *tune, "data.workers=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert records(tmp_path / "tuned")[-1]["bad_samples"] == 1
+
+
 def test_a_killed_worker_ends_the_run_with_a_message(shards, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "fcmae.pretrain", *tiny_run(shards), "data.workers=1", "optim.epochs=2000"],

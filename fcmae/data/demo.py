@@ -17,17 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
+from fcmae.files import cache_folder
+
 SIDE = 64
 SPLITS = {"train": 4800, "val": 960}
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross")
 TEXTURES = ("stripes", "checks", "dots", "waves", "circles", "grid")
 CLASSES = SHAPES + TEXTURES
 VERSION = 1
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for this program (XDG_CACHE_HOME, else ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fcmae"
 
 
 def demo_folder() -> Path:

@@ -29,6 +29,10 @@ class Faults:
     count: int = 0
     _known: set[int] = field(default_factory=set)
 
+    def total(self) -> int:
+        """Samples that were not usable so far."""
+        return self.count
+
     def note(self, drawn: int, bad: Iterable[tuple[int, str]]) -> None:
         """Count a batch of `drawn` samples, `bad` of which (sample, reason) were not usable.
 

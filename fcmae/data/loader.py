@@ -165,8 +165,14 @@ def evaluation_batches(
 
     Samples that cannot be used raise DataError or, with `faults`, are left out and counted.
     """
+    return chosen_batches(samples, np.arange(len(samples.reader.index))[rank::ranks], batch_size, workers, faults)
+
+
+def chosen_batches(
+    samples: Samples, ids: np.ndarray, batch_size: int, workers: int, faults: Faults | None = None
+) -> Iterator[Batch]:
+    """Samples `ids` in this order; those that cannot be used as for `evaluation_batches`."""
     samples = replace(samples, replace=False)
-    ids = np.arange(len(samples.reader.index))[rank::ranks]
     plan = _Chunks(samples.reader.index, ids, batch_size)
     numbers = range(-(-len(ids) // batch_size))
     return _load(_Batches(samples, plan, faults is not None), numbers, workers, faults)

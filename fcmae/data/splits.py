@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fcmae.data.demo import cache_folder, ensure_demo
+from fcmae.data.demo import ensure_demo
 from fcmae.data.faults import Faults
 from fcmae.data.index import ShardIndex, read_index
 from fcmae.data.order import BatchPlan
 from fcmae.errors import DataError
+from fcmae.files import cache_folder
 from fcmae.runtime.distributed import Ranks
 from fcmae.runtime.progress import Display
 from fcmae.settings import DEMO, DataConfig, OptimConfig

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fcmae.errors import DataError
+from fcmae.files import cache_folder
 
 SCHEMES = ("http", "https", "s3", "gs")
 PIPE = "pipe:"
@@ -34,7 +35,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fcmae" / "shards"
+    return cache_folder() / "shards"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,11 @@ def version(location: str) -> str | None:
 
 
 def size_of(location: str) -> int | None:
-    """Bytes of a URL's content, None where its server does not say. Raises DataError."""
+    """Bytes of a file or of a URL's content, None where a server or a command does not say. Raises DataError."""
+    if location.startswith(PIPE):
+        return None
+    if not is_remote(location):
+        return _tried(location, lambda: os.stat(location).st_size)
     return _tried(location, lambda: _filesystem(location).info(location))["size"]
 
 

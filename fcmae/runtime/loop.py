@@ -45,7 +45,8 @@ class Task:
 
     batches: start step -> this rank's micro-batches from there to `total_steps`, in order.
     loss: (model, batch on the device) -> scalar mean loss of the micro-batch. after_step: called with the step just
-    done, after its update. ema: an object with `update(model, step=)` and a state dict, or None.
+    done, after its update. ema: an object with `update(model, step=)` and a state dict, or None. bad_samples: how many
+    samples of this rank could not be used since it started, where that is counted.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Task:
     clip_grad: float | None = None
     ema: Any = None
     after_step: Callable[[int], None] | None = None
+    bad_samples: Callable[[], int] | None = None
 
 
 @dataclass
@@ -170,6 +172,9 @@ def _record(
     """Fetch the window's losses from the device, check them and write one record per step. Raises NonFiniteError."""
     losses = (ranks.sum(torch.stack(window.losses)) / ranks.count).tolist()
     norms = torch.stack(window.norms).tolist()
+    counts = {}
+    if task.bad_samples is not None:
+        counts["bad_samples"] = int(ranks.sum(torch.tensor(task.bad_samples(), device=ranks.device)))
     seconds = time.perf_counter() - window.since
     speed = len(losses) * task.batch_size / max(seconds, 1e-9)
     for number, (loss, norm, lr) in enumerate(zip(losses, norms, window.rates, strict=True), step - len(losses) + 1):
@@ -188,6 +193,7 @@ def _record(
                 "grad_norm": norm,
                 "images_per_second": round(speed, 2),
                 "data_wait": round(window.waited / max(seconds, 1e-9), 4),
+                **counts,
             }
         )
     display.update(step, (step - 1) // task.steps_per_epoch, sum(losses) / len(losses), window.rates[-1], speed)
