@@ -2,6 +2,7 @@
 
     python scripts/bench_data.py                           the two ratios of docs/performance.md, on one core
     python scripts/bench_data.py --workers 2               and the whole loaders against each other
+    python scripts/bench_data.py --workers 2 --train atto  and how long pretraining steps wait for data
 
 Photographs of ImageNet's usual size (500 x 375, about 110 KB as JPEG) are made up: noise of natural spectrum with
 edges. The reference is torchvision's: Pillow decodes, RandomResizedCrop (bicubic) to 224 pixels, flip, ToTensor,
@@ -35,17 +36,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_machine import table
 
+from fcmae import architecture
 from fcmae.data.augment import TrainView, random_resized_crop_box
 from fcmae.data.decode import open_picture
 from fcmae.data.index import read_index
-from fcmae.data.loader import Samples, train_batches
+from fcmae.data.loader import Samples, normalise, train_batches
 from fcmae.data.order import BatchPlan
 from fcmae.data.reader import ShardReader
 from fcmae.data.writer import write_shards
+from fcmae.model import create_model
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 400))
 BYTES = 118_000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WARM_UP = 4  # steps
 MUSTS = {"original files": 2.5, "256 px": 6.0}
 
 
@@ -138,7 +142,6 @@ def reference_transform(size: int, scale: tuple[float, float]) -> Callable:
 
 def one_core(shards: dict[str, Path], files: list[bytes], size: int, repeats: int) -> dict[str, list[float]]:
     """Image by image, neither collected into batches."""
-    torch.set_num_threads(1)
     transform = reference_transform(size, (0.2, 1.0))
     view = TrainView((size, size))
 
@@ -182,15 +185,53 @@ def whole_loaders(
     return take_turns(variants, repeats)
 
 
+def waiting(shards: dict[str, Path], size: int, name: str, workers: int, batch: int, steps: int) -> dict[str, dict]:
+    """Pretraining steps of model `name`: images per second, and the share of the time spent waiting for a batch."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    for label, folder in shards.items():
+        torch.manual_seed(0)
+        model = create_model(name, image_size=size).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+        reader = ShardReader(read_index(folder))
+        samples = Samples(reader, TrainView((size, size)), 3, 0, model.num_patches, model.num_visible)
+        plan = BatchPlan(reader.index.shard_samples, min(batch, len(reader.index)))
+        batches = train_batches(samples, plan, 0, steps + WARM_UP, workers)
+        spent = began = 0.0
+        for step in range(steps + WARM_UP):
+            if step == WARM_UP:  # processes have started and memory is there
+                spent, began = 0.0, time.perf_counter()
+            before = time.perf_counter()
+            loaded = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+            spent += time.perf_counter() - before
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = model(normalise(loaded["image"], list(MEAN), list(STD)), loaded["visible"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()  # as a loop that logs; the device is done when this returns
+        total = time.perf_counter() - began
+        found[label] = {"images_per_second": plan.batch_size * steps / total, "waiting": spent / total}
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=96, help="photographs to make up")
     parser.add_argument("--size", type=int, default=224, help="of the crops")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--workers", type=int, default=0, help="also compare whole loaders with so many processes")
+    parser.add_argument(
+        "--train",
+        choices=architecture.SIZES,
+        metavar="MODEL",
+        help="also time pretraining steps, with --workers (atto, ...)",
+    )
+    parser.add_argument("--batch", type=int, default=32, help="of those steps")
+    parser.add_argument("--steps", type=int, default=10, help="so many")
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
     arguments = parser.parse_args(argv)
-    for name in ("images", "size", "repeats"):
+    for name in ("images", "size", "repeats", "batch", "steps"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)}: must be at least 1")
     rng = np.random.default_rng(0)
@@ -206,7 +247,10 @@ def main(argv: list[str] | None = None) -> int:
         for name, group in (("original files", files), ("256 px", small)):
             shards[name] = Path(temporary) / name.replace(" ", "-")
             write_shards(((f"{n:06d}", "jpg", data, 0) for n, data in enumerate(group)), shards[name], classes=["one"])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         speeds = one_core(shards, files, arguments.size, arguments.repeats)
+        torch.set_num_threads(threads)
         header = ["", "images/s on one core", "ratio"]
         lines = [row(name, values, speeds["reference"]) for name, values in speeds.items()]
         print("\n" + table(header, lines))
@@ -220,6 +264,15 @@ def main(argv: list[str] | None = None) -> int:
             lines = [row(name, values, base) for name, values in whole.items()]
             print("\n" + table(["", f"images/s, {arguments.workers} workers", "ratio"], lines))
             speeds |= whole
+        waits = {}
+        if arguments.train:
+            waits = waiting(
+                shards, arguments.size, arguments.train, arguments.workers, arguments.batch, arguments.steps
+            )
+            lines = [
+                [name, f"{w['images_per_second']:.4g}", f"{100 * w['waiting']:.2f} %"] for name, w in waits.items()
+            ]
+            print("\n" + table([f"pretraining {arguments.train}", "images/s", "of it waiting for data"], lines))
     ratios = {name: statistics.median(speeds[name]) / statistics.median(speeds["reference"]) for name in MUSTS}
     lines = []
     for name, must in MUSTS.items():
@@ -227,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         lines.append([name, f"≥ {must:g}", f"{ratios[name]:.2f}", f"{parity[name]:.2f}/255", verdict])
     print("\n" + table(["fcmae / reference", "must", "measured", "mean error", ""], lines))
     if arguments.json:
-        report = {"images_per_second": speeds, "ratios": ratios, "parity": parity}
+        report = {"images_per_second": speeds, "ratios": ratios, "parity": parity, "training": waits}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if all(ratios[name] >= must for name, must in MUSTS.items()) else 1
 

@@ -15,7 +15,7 @@ from PIL import Image
 from fcmae.data import jpeg
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_data.py"
-SMALL = ["--images", "8", "--size", "32", "--repeats", "1"]
+SMALL = ["--images", "8", "--size", "64", "--repeats", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,17 @@ def threads():
 
 def test_ratios_and_report(bench, tmp_path, capsys):
     report = tmp_path / "report.json"
-    code = bench.main([*SMALL, "--workers", "1", "--json", str(report)])
+    code = bench.main([*SMALL, "--workers", "1", "--train", "mini", "--steps", "2", "--json", str(report)])
     measured = json.loads(report.read_text())
     assert set(measured["ratios"]) == {"original files", "256 px"}
     assert all(error <= 2 for error in measured["parity"].values())
     assert all(speed > 0 for speeds in measured["images_per_second"].values() for speed in speeds)
+    assert all(0 < part["waiting"] < 1 for part in measured["training"].values())
     printed = capsys.readouterr().out
     assert printed.count("met |") + printed.count("MISSED |") == 2
     assert code == ("MISSED" in printed)
     assert "ImageFolder and DataLoader" in printed
+    assert "| pretraining mini | images/s | of it waiting for data |" in printed
 
 
 def test_photographs_have_the_size_of_imagenets(bench):
