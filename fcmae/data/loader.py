@@ -23,7 +23,7 @@ from fcmae.data.augment import draw_visible_ids
 from fcmae.data.decode import UNITS, Picture, open_picture
 from fcmae.data.faults import Faults
 from fcmae.data.index import ShardIndex
-from fcmae.data.order import BatchPlan, replacement, sample_generator
+from fcmae.data.order import BatchPlan, SampleGenerators, replacement
 from fcmae.data.reader import ShardReader
 from fcmae.errors import DataError
 
@@ -63,6 +63,9 @@ class Samples:
     visible: int = 0
     replace: bool = True
 
+    def __post_init__(self) -> None:
+        self._generators = SampleGenerators(self.seed)
+
     def batch(self, epoch: int, ids: np.ndarray, bad: Bad | None = None) -> Batch:
         """image (B, C, H, W), uint8 but for arrays; label (B,) and index (B,) int64; if wanted, visible (B, V) int64.
 
@@ -94,7 +97,7 @@ class Samples:
         """The sample, or the one that stands in for it, its view and its visible patches."""
         number = sample
         for attempt in range(ATTEMPTS):
-            rng = sample_generator(self.seed, epoch, sample)  # of the place in the epoch, whoever fills it
+            rng = self._generators(epoch, sample)  # of the place in the epoch, whoever fills it
             patches = draw_visible_ids(rng, self.num_patches, self.visible) if self.visible else NONE
             try:
                 return number, self.image(number, rng), patches

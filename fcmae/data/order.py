@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +18,23 @@ import numpy as np
 SHARDS, BLOCK, SAMPLE, REPLACEMENT = 0, 1, 2, 3
 
 
-def sample_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The generator of everything random about a sample in an epoch: crop, flip, mask, augmentation.
+class SampleGenerators:
+    """The generators of everything random about a sample in an epoch: crop, flip, mask, augmentation.
 
-    Counter-based (Philox): its own 2^128 numbers of one sequence, and no seed to hash for every image.
+    Counter-based (Philox): each its own 2^128 numbers of one sequence, and no seed to hash for every image. It is one
+    generator that is set to another place, which takes a seventh of the time of making one.
     """
-    key, counter = np.array((seed, SAMPLE), dtype=np.uint64), np.array((0, 0, epoch, sample), dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+    def __init__(self, seed: int) -> None:
+        self._philox = np.random.Philox(key=np.array((seed, SAMPLE), dtype=np.uint64))
+        self._generator = np.random.Generator(self._philox)
+        self._state: Any = self._philox.state  # of which nothing has been drawn
+
+    def __call__(self, epoch: int, sample: int) -> np.random.Generator:
+        """The generator of a sample, good until the next call."""
+        self._state["state"]["counter"][:] = 0, 0, epoch, sample
+        self._philox.state = self._state
+        return self._generator
 
 
 def replacement(seed: int, epoch: int, sample: int, attempt: int, count: int) -> int:

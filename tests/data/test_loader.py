@@ -18,7 +18,7 @@ from fcmae.data.demo import CLASSES, SPLITS, ensure_demo, render
 from fcmae.data.faults import Faults
 from fcmae.data.index import read_index, split_size
 from fcmae.data.loader import Samples, denormalise, evaluation_batches, normalise, train_batches
-from fcmae.data.order import BatchPlan, sample_generator
+from fcmae.data.order import BatchPlan, SampleGenerators
 from fcmae.data.reader import ShardReader
 from fcmae.data.storage import Storage
 from fcmae.errors import DataError
@@ -57,7 +57,7 @@ def test_a_batch_holds_the_samples_views(shards):
     samples = training_samples(shards / "train")
     batch = collect(shards / "train", 0, 0, 1)[0]
     for row, number in enumerate(batch["index"].tolist()):
-        rng = sample_generator(0, 0, number)
+        rng = SampleGenerators(0)(0, number)
         visible = np.sort(rng.permutation(6)[:2])
         assert batch["visible"][row].tolist() == visible.tolist()
         image = samples.view(open_picture(samples.reader.read(number), 3), rng)

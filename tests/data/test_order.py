@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcmae.data.order import BatchPlan, EpochOrder, sample_generator
+from fcmae.data.order import BatchPlan, EpochOrder, SampleGenerators
 
 
 @given(
@@ -71,10 +71,18 @@ def test_a_jump_costs_no_replay():
 
 
 def test_sample_generators_are_independent_and_reproducible():
-    a = sample_generator(0, 1, 5).random(4)
-    assert np.array_equal(a, sample_generator(0, 1, 5).random(4))
-    for other in ((1, 1, 5), (0, 2, 5), (0, 1, 6)):
-        assert not np.array_equal(a, sample_generator(*other).random(4))
+    generators = SampleGenerators(0)
+    a = generators(1, 5).random(4)
+    for other in ((0, 1, 6), (0, 2, 5), (1, 1, 5), (0, 5, 1)):
+        assert not np.array_equal(a, SampleGenerators(other[0])(*other[1:]).random(4))
+    # Whatever was drawn before, also halves of numbers.
+    generators(2, 2).integers(0, 2**32, size=3, dtype=np.uint32)
+    assert np.array_equal(a, generators(1, 5).random(4))
+    # The numbers of numpy's own generator, placed by hand.
+    largest = 2**32 - 1
+    key, counter = np.array([largest, 2], dtype=np.uint64), np.array([0, 0, 7, 14_000_000], dtype=np.uint64)
+    expected = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(9)
+    assert np.array_equal(SampleGenerators(largest)(7, 14_000_000).random(9), expected)
 
 
 def test_an_epoch_of_1024_ranks_has_no_repeats_and_no_gaps():
