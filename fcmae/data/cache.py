@@ -38,6 +38,10 @@ class Shard:
         return f"{digest}-{self.bytes}-{name.removesuffix(PART)}"
 
 
+class CacheFullError(DataError):
+    """There is no room for a shard, since all others are being read."""
+
+
 class ShardCache:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
@@ -46,7 +50,8 @@ class ShardCache:
         """A descriptor of the shard, downloaded if need be; it stays in the cache until that is closed.
 
         Raises:
-            DataError: if it cannot be downloaded, or everything in a full cache is being read.
+            CacheFullError: if everything in a full cache is being read.
+            DataError: if it cannot be downloaded.
         """
         while True:
             descriptor = self._present(shard)
@@ -100,7 +105,7 @@ class ShardCache:
                 part.unlink()
                 if keep:
                     return None
-                raise DataError(
+                raise CacheFullError(
                     f"data.cache_gb={self.limit / 1e9:g}: the cache {self.folder} is full of shards that are being "
                     f"read; no room for {shard.location}"
                 )

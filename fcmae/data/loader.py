@@ -81,6 +81,7 @@ class Samples:
             used.append(number)
             images.append(image)
             visible.append(patches)
+        self.reader.release()
         if not images:
             return {}
         numbers = np.array(used, dtype=np.int64)

@@ -9,12 +9,13 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
-from fcmae.data.cache import Shard, ShardCache
+from fcmae.data.cache import LOOK, CacheFullError, Shard, ShardCache
 from fcmae.data.index import BLOCK, ShardIndex
 from fcmae.data.storage import Storage, is_remote, unsafe
 from fcmae.errors import DataError
 
 FORGIVEN = 300.0  # seconds until a shard that could not be had is asked for again
+PATIENCE = 120.0  # seconds until others who read must have made room in the cache
 PIECE = 8 << 20  # bytes
 
 
@@ -27,6 +28,7 @@ class ShardReader:
     def __init__(self, index: ShardIndex, storage: Storage | None = None) -> None:
         self.index, self.storage = index, storage or Storage()
         self.cache = ShardCache(self.storage.cache_dir, self.storage.cache_bytes)
+        self._any_cached = any(map(self.cached, range(len(index.shards))))
         self._reset()
 
     def _reset(self) -> None:
@@ -114,14 +116,34 @@ class ShardReader:
 
     def _opened(self, shard: int) -> int:
         if self.cached(shard):
-            return self.cache.open(self.elsewhere(shard))
+            return self._held(self.elsewhere(shard))
         try:
             return os.open(self.index.source(shard), os.O_RDONLY)
         except OSError as error:
             raise DataError(f"shard {self.index.source(shard)} cannot be opened: {error.strerror}") from None
 
+    def _held(self, shard: Shard) -> int:
+        """A shard of the cache, once there is room for it."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self.cache.open(shard)
+            except CacheFullError:
+                self.release()  # who waits holds nothing, so that not all can wait for each other
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(LOOK)
+
+    def release(self) -> None:
+        """Close the shards of the cache, which may now leave it; to be called at the end of a batch.
+
+        A process whose batches nobody fetches, because another's is awaited, must not keep the room that one needs.
+        """
+        for shard in [shard for shard in self._files if self._any_cached and self.cached(shard)]:
+            os.close(self._files.pop(shard))
+
     def __getstate__(self) -> dict:
-        return {"index": self.index, "storage": self.storage, "cache": self.cache}
+        return {name: value for name, value in vars(self).items() if name not in ("_files", "_failed", "_ahead")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -142,7 +164,8 @@ class _Ahead:
         self.jobs: deque[Shard | str] | None = deque()
         self.keep: frozenset[str] = frozenset()
         self.changed = threading.Condition()
-        threading.Thread(target=self._run, name="shards ahead", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name="shards ahead", daemon=True)
+        self.thread.start()
 
     def want(self, jobs: list[Shard | str] | None) -> None:
         """Work on these instead of what is left of others; None ends the thread."""

@@ -12,6 +12,7 @@ import torch
 from conftest import make_split, run_module, tiny_run
 from servers import flaky_server
 
+from fcmae.data import reader as reader_module
 from fcmae.data import storage
 from fcmae.data.augment import CentreView, TrainView
 from fcmae.data.faults import Faults
@@ -242,3 +243,71 @@ def test_samples_are_found_by_their_offsets(shards, tmp_path):
     for number in np.random.default_rng(0).integers(72, size=40).tolist():
         assert copied.read(number) == local.read(number)
         assert copied.name(number) == f"{number:06d}.png"
+
+
+def test_processes_share_the_reading_ahead(shards, monkeypatch):
+    read = []
+    monkeypatch.setattr(reader_module, "_read_through", read.append)
+    index = read_index(shards / "train")
+    readers = [ShardReader(index, Storage("ahead")) for _ in range(3)]
+    for part, reader in enumerate(readers):
+        reader.expect([4, 3, 2, 1, 0], part, 3)
+        reader.expect([4, 3, 2, 1, 0], part, 3)  # nothing new
+    deadline = time.monotonic() + 20
+    while len(read) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert sorted(read) == [index.source(shard) for shard in range(5)]
+    assert read.index(index.source(3)) < read.index(index.source(0))  # of process 0, in the order of use
+    threads = [reader._ahead.thread for reader in readers]
+    assert all(thread.is_alive() for thread in threads)
+    del readers, reader
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()  # threads end with their readers
+
+
+def test_who_needs_room_waits_until_others_have_read(shards, tmp_path, monkeypatch):
+    index = read_index(shards / "train")
+    where = Storage("cache", tmp_path / "cache", 2 * int(index.shard_bytes.max()))
+    first, second = ShardReader(index, where), ShardReader(index, where)
+    for shard in (0, 1):
+        first.read(index.first_sample(shard))
+    monkeypatch.setattr(reader_module, "PATIENCE", 0.1)
+    with pytest.raises(DataError, match="is full of shards that are being read"):
+        second.read(index.first_sample(2))
+    monkeypatch.setattr(reader_module, "PATIENCE", 60)
+    second = ShardReader(index, where)  # which has not failed
+    got = []
+    thread = threading.Thread(target=lambda: got.append(second.read(index.first_sample(2))))
+    thread.start()
+    time.sleep(0.2)
+    assert not got
+    first.release()
+    thread.join(timeout=20)
+    assert got == [ShardReader(index).read(index.first_sample(2))]
+
+    def batch(reader, shard):
+        reader.read(index.first_sample(shard))
+        reader.release()
+
+    # Two that each hold one and want another: both let go of their own while they wait.
+    first.read(index.first_sample(3))
+    second.read(index.first_sample(2))
+    threads = [threading.Thread(target=batch, args=pair) for pair in ((first, 4), (second, 0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def test_batches_leave_the_cache_free(shards, tmp_path):
+    index = read_index(shards / "train")
+    reader = ShardReader(index, Storage("cache", tmp_path / "cache"))
+    Samples(reader, CentreView((16, 16)), 3).batch(0, np.arange(40))
+    assert not reader._files
+    local = ShardReader(index)
+    Samples(local, CentreView((16, 16)), 3).batch(0, np.arange(40))
+    assert len(local._files) == 3
