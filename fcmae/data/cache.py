@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,8 @@ class ShardCache:
         if os.fstat(descriptor).st_nlink == 0:
             os.close(descriptor)
             return None
-        os.utime(descriptor)
+        with suppress(OSError):  # a cache of another user, who cleans up without knowing of this one's use
+            os.utime(descriptor)
         return descriptor
 
     def _download(self, shard: Shard, keep: frozenset[str]) -> int | None:
@@ -142,7 +143,10 @@ class ShardCache:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Held by one process at a time."""
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise DataError(f"data.cache_dir={self.folder}: cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
