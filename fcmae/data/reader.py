@@ -51,11 +51,17 @@ class ShardReader:
         if header[257:262] != b"ustar" or header[124:136].strip(b" \0").lstrip(b"0") != (b"%o" % size).lstrip(b"0"):
             raise DataError(
                 f"{self.index.source(shard)} holds something else than the index says at sample {sample:,}; "
-                "write the shards and their index again"
+                f"{self._advice(shard)}"
             )
         if (header[0] in b"/~" or b".." in header[:100]) and not self.storage.allow_pipe and unsafe(_name(header)):
             raise DataError(f"{self.where(sample)}: such names are only taken with data.allow_pipe=true")
         return data
+
+    def _advice(self, shard: int) -> str:
+        again = "write the shards and their index again"
+        if not self.cached(shard):
+            return again
+        return f"remove its copy {self.cache.folder / self.elsewhere(shard).file}, or, if it was right, {again}"
 
     def name(self, sample: int) -> str:
         """The name of a sample's image in its shard, read from the tar header before its bytes."""

@@ -311,3 +311,16 @@ def test_batches_leave_the_cache_free(shards, tmp_path):
     local = ShardReader(index)
     Samples(local, CentreView((16, 16)), 3).batch(0, np.arange(40))
     assert len(local._files) == 3
+
+
+def test_a_damaged_copy_is_named(shards, tmp_path):
+    index = read_index(shards / "train")
+    where = Storage("cache", tmp_path / "cache")
+    ShardReader(index, where).read(0)
+    copy = next((tmp_path / "cache").glob("*shard-000000.tar"))
+    copy.write_bytes(bytes(copy.stat().st_size))
+    with pytest.raises(DataError) as caught:
+        ShardReader(index, where).read(0)
+    assert f"remove its copy {copy}, or, if it was right, write the shards and their index again" in str(caught.value)
+    copy.unlink()
+    assert ShardReader(index, where).read(0)
