@@ -21,11 +21,10 @@ from fcmae.data.loader import Samples, chosen_batches, train_batches
 from fcmae.data.order import BatchPlan
 from fcmae.data.reader import ShardReader
 from fcmae.data.splits import open_split
-from fcmae.data.storage import Storage, is_remote, size_of
+from fcmae.data.storage import Storage, size_of
 from fcmae.doctor import DoctorConfig
 from fcmae.errors import ConfigError, DataError
 from fcmae.runtime.distributed import Ranks
-from fcmae.settings import DEMO
 
 SHARED_MEMORY = Path("/dev/shm")
 BATCHES_WAITING = 4  # of a worker: three that are ready and one that is being made
@@ -61,6 +60,11 @@ def examine(config: DoctorConfig) -> bool:
             continue
         if _shards(index, split, report):
             _labels(index, split, report)
+            if split == "train" and config.optim.batch_size > len(index):
+                report.fail(
+                    f"optim.batch_size={config.optim.batch_size}: must be at most the {len(index):,} images there are"
+                )
+                continue
             _images(config, index, split, report)
             if split == "train" and config.seconds:
                 _speed(config, index, report)
@@ -117,7 +121,8 @@ def _open(config: DoctorConfig, split: str, report: _Report) -> ShardIndex | Non
     )
     if config.model.in_chans not in (1, 3) and index.extensions != [".npy"]:
         report.fail(f"{key}: image files hold 1 or 3 channels, not model.in_chans={config.model.in_chans}")
-    if source != DEMO and any(is_remote(index.source(shard)) for shard in range(len(index.shards))):
+    reader = ShardReader(index, config.data.storage)
+    if any(map(reader.cached, range(len(index.shards)))):
         _cache(config, index, key, report)
     return index
 
@@ -130,14 +135,25 @@ def _cache(config: DoctorConfig, index: ShardIndex, key: str, report: _Report) -
         config.data.check_shards(key, str(config.data.split(key.removeprefix("data."))))
     except ConfigError as error:
         report.fail(str(error))
-    folder.mkdir(parents=True, exist_ok=True)
-    held = sum(entry.stat().st_size for entry in os.scandir(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        report.fail(f"data.cache_dir={folder}: cannot be written: {error.strerror}")
+        return
+    held = sum(_bytes(path) for path in folder.iterdir())
     room = shutil.disk_usage(folder).free + held
     text = f"for {wanted / 1e9:,.3g} GB of {key}, {folder} has room for {room / 1e9:,.3g} GB"
     if wanted < room:
         report.ok(text)
     else:
         report.fail(f"{text}; lower data.cache_gb={config.data.cache_gb:g} or choose another data.cache_dir")
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a running process made room
+        return 0
 
 
 def _wrong_size(index: ShardIndex, shard: int) -> str | None:
@@ -198,15 +214,18 @@ def _images(config: DoctorConfig, index: ShardIndex, split: str, report: _Report
     # At a few pixels: it is decoding that is looked at.
     samples = Samples(ShardReader(index, config.data.storage), CentreView((8, 8)), channels)
     start = time.perf_counter()
+    batches = chosen_batches(samples, ids, 32, config.data.workers, faults)
     try:
-        for _ in chosen_batches(samples, ids, 32, config.data.workers, faults):
+        for _ in batches:
             pass
     except DataError as error:  # types of arrays that differ
         report.fail(f"data.{split}: {error}")
         return
+    finally:
+        batches.close()  # and its processes with it
     seconds = time.perf_counter() - start
-    for line in found:
-        report.fail(line)
+    for line in dict.fromkeys(found):
+        report.fail(line.removeprefix("left out: "))
     if not found:
         size = float(index.size[ids].sum())
         report.ok(
@@ -219,11 +238,6 @@ def _speed(config: DoctorConfig, index: ShardIndex, report: _Report) -> None:
     """Load training batches for a while."""
     data, optim, geometry = config.data, config.optim, config.model.validate()
     plan = BatchPlan(index.shard_samples, optim.batch_size, optim.accumulate, block_shards=data.block_shards)
-    if plan.steps_per_epoch == 0:
-        report.fail(
-            f"optim.batch_size={optim.batch_size}: must be at most the number of training images, {len(index):,}"
-        )
-        return
     low, high = data.crop_scale
     view = TrainView(geometry.image_size, (low, high), data.hflip)
     samples = Samples(ShardReader(index, data.storage), view, config.model.in_chans, config.run.seed)
@@ -234,6 +248,8 @@ def _speed(config: DoctorConfig, index: ShardIndex, report: _Report) -> None:
     except DataError as error:
         report.fail(f"data.train: {error}")
         return
+    finally:
+        batches.close()
     each = f", {count / seconds / data.workers:,.0f} per worker" if data.workers else ""
     report.ok(
         f"training batches of data.train: the first after {first:.1f} s, then {count / seconds:,.0f} images/s "
@@ -242,16 +258,16 @@ def _speed(config: DoctorConfig, index: ShardIndex, report: _Report) -> None:
 
 
 def _timed(batches: Iterator[dict], waiting: int, seconds: float) -> tuple[float, int, float]:
-    """Seconds to the first batch, then images that came and the seconds they took, without those made meanwhile."""
+    """Seconds to the first batch, then images that came and the seconds they took.
+
+    Without the first `waiting`, which were made meanwhile, where there are more.
+    """
     start = time.perf_counter()
-    next(batches)
-    began = time.perf_counter()
-    first, count = began - start, 0
-    for number, batch in enumerate(batches):
-        count += len(batch["image"])
-        now = time.perf_counter()
-        if number + 1 == waiting:
-            began, count = now, 0
-        elif number >= waiting and now - began > seconds:
+    arrived: list[tuple[float, int]] = []  # when, and with how many images
+    for batch in batches:
+        arrived.append((time.perf_counter(), len(batch["image"])))
+        if len(arrived) > waiting + 1 and arrived[-1][0] - arrived[waiting][0] > seconds:
             break
-    return first, count, max(time.perf_counter() - began, 1e-9)
+    begin = waiting if len(arrived) > waiting + 1 else 0
+    count = sum(images for _, images in arrived[begin + 1 :])
+    return arrived[0][0] - start, count, max(arrived[-1][0] - arrived[begin][0], 1e-9)

@@ -28,6 +28,8 @@ class DoctorConfig(PretrainConfig):
         require(self.images >= 0, "images", self.images, "must be at least 0 (0 for all)")
         require(self.seconds >= 0, "seconds", self.seconds, "must be at least 0")
         self.model.validate()
+        self.run.validate()
+        self.tracking.validate()
         self.optim.validate(launched_ranks())
         self.data.validate_settings(self.model.in_chans)
 

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 
+def in_a_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    if type(error).__name__ == "UnidentifiedImageError":  # Pillow's, with the address of a buffer
+        return "is in no image format that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class UserError(ValueError):
     """Something the user gave is unusable; the message says what and what would be."""
 

@@ -60,11 +60,15 @@ def write_reconstructions(
     std: list[float],
     seed: int = 0,
     count: int = 12,
+    skip: bool = False,
 ) -> None:
-    """Write a PNG of `count` images of a split, spread over it, each as original | masked | reconstruction."""
+    """Write a PNG of `count` images of a split, spread over it, each as original | masked | reconstruction.
+
+    skip: images that cannot be used are replaced, as in training.
+    """
     ids = np.linspace(0, len(reader.index) - 1, min(count, len(reader.index))).round().astype(np.int64)
     samples = Samples(reader, CentreView(model.image_size), model.in_chans, seed, model.num_patches, model.num_visible)
-    batch = samples.batch(0, ids)
+    batch = samples.batch(0, ids, [] if skip else None)
     device = model.mask_token.device
     images = normalise(batch["image"].to(device), mean, std)
     masked, reconstruction = reconstruct(model, images, batch["visible"].to(device))

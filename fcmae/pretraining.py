@@ -129,7 +129,16 @@ class _Pretraining:
     def draw(self, step: int) -> Path:
         """Write the reconstructions after `step`."""
         path = self.folder.path / "reconstructions" / f"step-{step:08d}.png"
-        write_reconstructions(self.model, self.shown, path, mean=self.mean, std=self.std, seed=self.config.run.seed)
+        config = self.config
+        write_reconstructions(
+            self.model,
+            self.shown,
+            path,
+            mean=self.mean,
+            std=self.std,
+            seed=config.run.seed,
+            skip=config.data.on_error == "skip",
+        )
         self.tracker.picture("reconstructions", path, step)
         return path
 

@@ -151,12 +151,13 @@ class DataConfig:
             raise ConfigError(key, path, str(error)) from error
         if self.read == "cache" or is_remote(path) or any(map(is_remote, index.shards)):
             sizes = index.shard_bytes
-            least = min(int(sizes.sum()), BLOCKS_CACHED * self.block_shards * int(sizes.max())) / 1e9
+            room = min(int(sizes.sum()), BLOCKS_CACHED * self.block_shards * int(sizes.max()))
+            least = math.ceil(room / 1e6) / 1e3  # to be named in a few digits, and enough
             require(
                 self.cache_gb >= least,
                 "data.cache_gb",
                 self.cache_gb,
-                f"must be at least {least:.3g}, {BLOCKS_CACHED} × data.block_shards={self.block_shards} of the shards "
+                f"must be at least {least:g}, {BLOCKS_CACHED} × data.block_shards={self.block_shards} of the shards "
                 f"of {key}={path}",
             )
         return index.extensions

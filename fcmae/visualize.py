@@ -92,7 +92,10 @@ def visualize(config: VisualizeConfig) -> None:
         mean, std = config.source.statistics(config.model.in_chans)
         output = Path(config.output)
         try:
-            write_reconstructions(model, reader, output, mean=mean, std=std, seed=config.seed, count=config.count)
+            skip = config.source.on_error == "skip"
+            write_reconstructions(
+                model, reader, output, mean=mean, std=std, seed=config.seed, count=config.count, skip=skip
+            )
         except OSError as error:
             raise ConfigError("output", output, f"cannot be written: {error.strerror}") from error
     print(f"{output}: {min(config.count, len(index))} images of {index.origin}, model of step {step:,}")

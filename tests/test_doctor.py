@@ -92,7 +92,7 @@ def test_broken_images_are_named(train, capsys):
             stream.write(b"\0" * int(index.size[number]))
     lines = fails(capsys, train, seconds=0.1)
     assert len(lines) == 2
-    assert "shard-000000.tar: 000003.png cannot be decoded" in lines[0]
+    assert lines[0].endswith("shard-000000.tar: 000003.png cannot be decoded: is in no image format that Pillow knows")
     assert "shard-000002.tar: 000040.png cannot be decoded" in lines[1]
     good, lines = found(capsys, train, images=1)  # which happens to be another
     assert good
@@ -144,7 +144,7 @@ def test_too_little_shared_memory_and_too_large_a_batch(train, capsys, monkeypat
     assert not examine(config)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert "of shared memory on one rank, 0 MB are free in /dev/shm; use fewer data.workers" in lines[0]
-    assert lines[1] == "FAIL  optim.batch_size=100: must be at most the number of training images, 72"
+    assert lines[1] == "FAIL  optim.batch_size=100: must be at most the 72 images there are"
 
 
 def test_shards_elsewhere(shards, train, tmp_path, capsys):
@@ -159,3 +159,22 @@ def test_shards_elsewhere(shards, train, tmp_path, capsys):
         lines = fails(capsys, f"{server.url}/train", cache_dir=cache, cache_gb=1e-5, block_shards=1)
         assert "data.cache_gb=1e-05: must be at least" in lines[0]
         assert lines[1] == f"{server.url}/train/shard-000004.tar cannot be read: there is no such file"
+
+
+def test_a_cache_that_cannot_be(train, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    folder = str(tmp_path / "file" / "cache")
+    lines = fails(capsys, train, read="cache", cache_dir=folder, images=3)
+    assert lines[0] == f"data.cache_dir={folder}: cannot be written: Not a directory"
+    lines = fails(capsys, train, read="cache", cache_dir=str(tmp_path / "cache"), cache_gb=1e-6, images=3)
+    assert "data.cache_gb=1e-06: must be at least 0.001" in lines[0]
+
+
+def test_speed_of_few_and_many_batches():
+    def batches(count):
+        for _ in range(count):
+            yield {"image": [0] * 5}
+
+    for count, waiting, expected in ((1, 4, 0), (3, 4, 10), (5, 4, 20), (6, 4, 5), (9, 0, 40)):
+        first, images, seconds = checkup._timed(batches(count), waiting, 10.0)
+        assert (images, first >= 0, seconds > 0) == (expected, True, True)

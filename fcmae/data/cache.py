@@ -79,8 +79,15 @@ class ShardCache:
             return None
         except OSError as error:
             raise DataError(f"{self.folder / shard.file} cannot be opened: {error.strerror}") from error
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits only for the moment in which it may be removed
-        if os.fstat(descriptor).st_nlink == 0:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits only for the moment in which it may be removed
+            status = os.fstat(descriptor)
+            if status.st_size != shard.bytes:  # the machine went down, or somebody wrote to it
+                (self.folder / shard.file).unlink(missing_ok=True)
+        except OSError as error:
+            os.close(descriptor)
+            raise self._unusable(error) from error
+        if status.st_nlink == 0 or status.st_size != shard.bytes:
             os.close(descriptor)
             return None
         with suppress(OSError):  # a cache of another user, who cleans up without knowing of this one's use
@@ -94,11 +101,14 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise DataError(f"data.cache_dir={self.folder}: cannot be written: {error.strerror}") from error
+            raise self._unusable(error) from error
         done = False
         try:
-            if not _locked(descriptor) or not _same(descriptor, part):
-                return None
+            try:
+                if not _locked(descriptor) or not _same(descriptor, part):
+                    return None
+            except OSError as error:
+                raise self._unusable(error) from error
             if final.exists():  # finished between two looks
                 part.unlink()
                 return None
@@ -124,6 +134,12 @@ class ShardCache:
             if not done:
                 os.close(descriptor)
 
+    def _unusable(self, error: OSError) -> DataError:
+        return DataError(
+            f"data.cache_dir={self.folder}: cannot be used: {error.strerror}; it must be a folder of a local file "
+            "system that this user may write to"
+        )
+
     def _make_room(self, file: str, keep: frozenset[str]) -> bool:
         """Remove shards until `file`, which has a part already, and everything else are within the limit."""
         with self._alone():
@@ -146,7 +162,7 @@ class ShardCache:
         try:
             descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise DataError(f"data.cache_dir={self.folder}: cannot be written: {error.strerror}") from error
+            raise self._unusable(error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

@@ -51,6 +51,7 @@ class ShardIndex:
     provenance: dict = field(default_factory=dict)
     extensions: list[str] = field(default_factory=list)  # of the images, as in their names; not known of old indices
     base: str = ""  # the location that names of shards are relative to, where that is not `folder`
+    version: str = ""  # another one when the index was written again
 
     def __post_init__(self) -> None:
         self._first = [0, *np.cumsum(self.shard_samples).tolist()]
@@ -140,7 +141,8 @@ def read_index(path: str | Path, storage: Storage | None = None) -> ShardIndex:
         location = str(path) if str(path).endswith(".safetensors") else join(str(path), INDEX_NAME)
         base = str(path).rsplit("/", 1)[0] if location == str(path) else str(path)
         storage.check(location)
-        file = _brought(location, storage)
+        known = version(location) or ""
+        file = _brought(location, known, storage)
     else:
         path = Path(path).expanduser()
         file = path if path.suffix == ".safetensors" else path / INDEX_NAME
@@ -148,22 +150,29 @@ def read_index(path: str | Path, storage: Storage | None = None) -> ShardIndex:
             raise DataError("no such file or folder; it must be a folder written by scripts/make_shards.py")
         if not file.is_file():
             raise DataError(f"holds no {INDEX_NAME}; write one with scripts/make_shards.py")
-    index = _read(file, base)
+        known = str(file.stat().st_mtime_ns)
+    try:
+        index = _read(file, base)
+    except DataError as error:
+        if not base:
+            raise
+        file.unlink(missing_ok=True)  # a copy; next time it is fetched anew
+        raise DataError(f"{location}: {error}") from error
+    index.version = known
     storage.check_names(index.shards, base)
     return index
 
 
-def _brought(location: str, storage: Storage) -> Path:
-    """A copy of an index from elsewhere, the one of before if that is the same."""
-    known = version(location)
+def _brought(location: str, known: str, storage: Storage) -> Path:
+    """A copy of version `known` of an index from elsewhere, the one of before where versions are told apart."""
     digest = hashlib.sha256(f"{location}\0{known}".encode()).hexdigest()[:20]
     file = storage.cache_dir / f"index-{digest}.safetensors"
-    if known is None or not file.exists():
+    if not known or not file.exists():
         try:
             with written_whole(file) as temporary:
                 download(location, temporary)
         except OSError as error:
-            raise DataError(f"data.cache_dir={storage.cache_dir}: cannot be written: {error.strerror}") from error
+            raise DataError(f"data.cache_dir={storage.cache_dir}: cannot be used: {error.strerror}") from error
     return file
 
 
@@ -180,17 +189,27 @@ def _read(file: Path, base: str) -> ShardIndex:
                 arrays = {name: arrays[name].astype(dtype) for name, dtype in ARRAYS.items()}
             else:
                 arrays = _mapped(file)
-    except (SafetensorError, KeyError) as error:
+        index = ShardIndex(
+            folder=file.parent,
+            shards=json.loads(header["shards"]),
+            classes=json.loads(header["classes"]),
+            provenance=json.loads(header["provenance"]),
+            extensions=json.loads(header.get("extensions", "[]")),
+            base=base,
+            **arrays,
+        )
+        for names in (index.shards, index.classes, index.extensions):
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("its names are no list of words")
+        shards, samples = len(index.shards), int(index.shard_samples.sum())
+        lengths = [len(array) for array in (index.shard_samples, index.shard_bytes)]
+        if lengths != [shards] * 2 or [len(a) for a in (index.block, index.size, index.label)] != [samples] * 3:
+            raise ValueError("its parts do not fit each other")
+    except DataError:
+        raise
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{INDEX_NAME} cannot be read ({error}); write it again with scripts/make_shards.py") from None
-    return ShardIndex(
-        folder=file.parent,
-        shards=json.loads(header["shards"]),
-        classes=json.loads(header["classes"]),
-        provenance=json.loads(header["provenance"]),
-        extensions=json.loads(header.get("extensions", "[]")),
-        base=base,
-        **arrays,
-    )
+    return index
 
 
 def _mapped(file: Path) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import tarfile
 import tempfile
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fcmae.data.index import BLOCK, IMAGE_EXTENSIONS, INDEX_NAME, ShardIndex
-from fcmae.data.storage import Storage, download, is_remote, unsafe
+from fcmae.data.storage import PIPE, Storage, download, is_remote, unsafe
 from fcmae.data.synsets import LISTS, synset_list
 from fcmae.data.writer import Written, index_of
 from fcmae.errors import DataError, UserError
@@ -58,7 +59,8 @@ def _scanned(path: Path, location: str, label_key: str | None, allow_pipe: bool)
                 images = [ext for ext in files if _suffix(ext) in IMAGE_EXTENSIONS]
                 if len(images) != 1:
                     found = f"{len(images)} images" if images else "no image"
-                    raise DataError(f"{location}: sample {key} has {found} among its files {', '.join(files)}")
+                    named = ", ".join(list(files)[:10]) + (", …" if len(files) > 10 else "")
+                    raise DataError(f"{location}: sample {key} has {found} among its files {named}")
                 image = files[images[0]]
                 stream.seek(image.offset_data - BLOCK)
                 if stream.read(BLOCK)[257:262] != b"ustar":
@@ -67,6 +69,12 @@ def _scanned(path: Path, location: str, label_key: str | None, allow_pipe: bool)
                 written.sizes.append(image.size)
                 written.labels.append(_label(archive, files, label_key, f"{location}: sample {key}"))
                 written.extensions.add(_suffix(images[0]))
+            stream.seek(archive.offset)
+            end = stream.read(BLOCK)
+            if end != bytes(BLOCK):  # where tarfile stops without a word
+                raise tarfile.TarError(
+                    f"no end, but {'nothing' if not end else 'something else'} at {archive.offset:,}"
+                )
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{location}: is no complete, uncompressed tar ({error})") from error
     return written
@@ -86,11 +94,12 @@ def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.
         match = MEMBER.fullmatch(member.name)
         if not member.isfile() or match is None:
             continue
-        if match[1] != key or match[2] in files:
+        extension = match[2].lower()
+        if match[1] != key or extension in files:
             if files:
                 yield key, files
             key, files = match[1], {}
-        files[match[2]] = member
+        files[extension] = member
     if files:
         yield key, files
 
@@ -125,12 +134,12 @@ def expand(names: list[str]) -> list[str]:
             if is_remote(one):
                 shards.append(one)
             elif path.is_dir():
-                inside = sorted(str(p.resolve()) for p in path.glob("*.tar"))
+                inside = sorted(os.path.abspath(p) for p in path.glob("*.tar"))
                 if not inside:
                     raise DataError(f"{one}: holds no .tar files")
                 shards += inside
             elif path.is_file():
-                shards.append(str(path.resolve()))
+                shards.append(os.path.abspath(path))
             else:
                 raise DataError(f"{one}: no such file or folder")
     return shards
@@ -153,12 +162,12 @@ def index_shards(
     out.mkdir(parents=True, exist_ok=True)
     read = partial(read_shard, label_key=label_key, allow_pipe=allow_pipe)
     shown = console or Console(soft_wrap=True)
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=_ignore_interrupts) as pool:
         found = pool.map(read, shards) if jobs > 1 and len(shards) > 1 else map(read, shards)
         bar = track(found, "shards", len(shards), console=shown, disable=not shown.is_terminal, transient=True)
         written = list(bar)
     for entry in written:
-        if not is_remote(entry.name) and Path(entry.name).parent == out.resolve():
+        if not is_remote(entry.name) and os.path.dirname(entry.name) == os.path.abspath(out):
             entry.name = Path(entry.name).name
     index = index_of(out, written, [], {"source": "shards that were there", "label_key": label_key})
     if not len(index):
@@ -171,12 +180,16 @@ def index_shards(
     return index
 
 
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="index_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("shards", nargs="+", metavar="SHARDS")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the index goes")
+    parser.add_argument("--out", metavar="FOLDER", help="where the index goes")
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each, in the order of labels")
     names.add_argument("--synsets", choices=LISTS, help="classes of this list of timm's")
@@ -195,10 +208,14 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(soft_wrap=True, highlight=False)
     try:
         shards = expand(options.shards)
+        if any(shard.startswith(PIPE) for shard in shards) and not options.allow_pipe:
+            raise DataError("pipe: commands are only run with --allow-pipe")
+        if options.out is not None and is_remote(options.out):
+            raise DataError(f"--out={options.out}: must be a folder of this machine; copy the index from there")
         folders = {Path(shard).parent for shard in shards if not is_remote(shard)}
         if options.out is None and (len(folders) != 1 or any(map(is_remote, shards))):
             raise DataError("the shards lie in several places; say with --out where the index goes")
-        out = options.out or folders.pop()
+        out = Path(options.out or folders.pop())
         if (out / INDEX_NAME).exists():
             raise DataError(f"{out} already holds an index; remove it first or choose another --out")
         classes = synset_list(options.synsets) if options.synsets else None
@@ -213,9 +230,12 @@ def main(arguments: list[str] | None = None) -> int:
             jobs=options.jobs,
             console=console,
         )
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     labelled = int((index.label >= 0).sum())
     console.print(
         f"{out / INDEX_NAME}: {len(index):,} images in {len(shards):,} shards, {labelled:,} with a label, "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +25,7 @@ from fcmae.data.faults import Faults
 from fcmae.data.index import ShardIndex
 from fcmae.data.order import BatchPlan, SampleGenerators, replacement
 from fcmae.data.reader import ShardReader
-from fcmae.errors import DataError
+from fcmae.errors import DataError, in_a_line
 
 # What decides how a sample looks or which step sees it; a continued run must keep that. Where the training
 # shards lie may change, what is in them may not: that is their fingerprint.
@@ -117,7 +117,7 @@ class Samples:
         try:
             return self.view(open_picture(data, self.channels), rng)
         except Exception as error:  # Pillow raises a dozen types for broken bytes; each is named, none swallowed
-            raise DataError(f"{self.reader.where(sample)} cannot be decoded: {error}") from error
+            raise DataError(f"{self.reader.where(sample)} cannot be decoded: {in_a_line(error)}") from error
 
     def stack(self, images: list[Tensor], ids: np.ndarray) -> Tensor:
         """(B, C, H, W), channels last as the decoder gives them. Raises DataError if the images' types differ."""
@@ -154,7 +154,7 @@ class _Batches(Dataset):
 
 def train_batches(
     samples: Samples, plan: BatchPlan, start: int, stop: int, workers: int, faults: Faults | None = None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Micro-batches [start, stop) of this rank, in order.
 
     Without `faults` the first sample that cannot be used raises DataError; with it they are replaced and counted.
@@ -164,7 +164,7 @@ def train_batches(
 
 def evaluation_batches(
     samples: Samples, batch_size: int, rank: int, ranks: int, workers: int, faults: Faults | None = None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every sample exactly once over all ranks, in index order; the last batch may be smaller.
 
     Samples that cannot be used raise DataError or, with `faults`, are left out and counted.
@@ -174,7 +174,7 @@ def evaluation_batches(
 
 def chosen_batches(
     samples: Samples, ids: np.ndarray, batch_size: int, workers: int, faults: Faults | None = None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Samples `ids` in this order; those that cannot be used as for `evaluation_batches`."""
     samples = replace(samples, replace=False)
     plan = _Chunks(samples.reader.index, ids, batch_size)
@@ -204,7 +204,7 @@ def _place() -> tuple[int, int]:
     return rank * count + number, ranks * count
 
 
-def _load(batches: _Batches, numbers: range, workers: int, faults: Faults | None) -> Iterator[Batch]:
+def _load(batches: _Batches, numbers: range, workers: int, faults: Faults | None) -> Generator[Batch, None, None]:
     jpeg.available()  # builds it, if need be, here and not in every worker
     loader: DataLoader[Any] = DataLoader(
         batches,

@@ -21,12 +21,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
 from fcmae.data.images import Images
 from fcmae.data.sources import Split
 from fcmae.data.writer import Sample, Written, write_shard
-from fcmae.errors import DataError
+from fcmae.errors import DataError, in_a_line
 from fcmae.files import written_whole
 
 JOURNAL = ".shards.jsonl"
@@ -64,17 +63,8 @@ def why_broken(data: bytes) -> str | None:
     try:
         open_picture(data, None).pixels(reduction=8)  # all of a JPEG's data, the fewest pixels
     except Exception as error:
-        return _reason(error)
+        return in_a_line(error)
     return None
-
-
-def _reason(error: Exception) -> str:
-    """In a line; Pillow raises a dozen types, and whichever it is, the file is named and left out."""
-    if isinstance(error, UnidentifiedImageError):
-        return "is in no image format that Pillow knows"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def reencode(extension: str, data: bytes, max_side: int, quality: int) -> tuple[str, bytes]:
@@ -285,7 +275,7 @@ def _pack_shard(images: Images, path: Path, start: int, numbers: np.ndarray, opt
                     extension, data = reencode(extension, data, options.max_side, options.quality)
                 reason = why_broken(data) if options.verify and data is kept else None
             except Exception as error:
-                reason = _reason(error)
+                reason = in_a_line(error)
             if reason is not None:
                 left_out.append(f"{images.shown(number)}: {reason}")
                 continue

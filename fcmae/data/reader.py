@@ -79,7 +79,8 @@ class ShardReader:
         """A shard as the cache wants to have it described."""
         first = self.index.first_sample(shard)
         rows = slice(first, first + int(self.index.shard_samples[shard]))
-        digest = hashlib.sha256(self.index.block[rows].tobytes() + self.index.size[rows].tobytes())
+        parts = (self.index.block[rows], self.index.size[rows], self.index.label[rows])
+        digest = hashlib.sha256(b"".join([self.index.version.encode(), *(part.tobytes() for part in parts)]))
         return Shard(self.index.source(shard), int(self.index.shard_bytes[shard]), digest.hexdigest())
 
     def expect(self, shards: Sequence[int], part: int = 0, parts: int = 1) -> None:

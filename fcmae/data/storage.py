@@ -19,8 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from fcmae.errors import DataError
+from fcmae.errors import DataError, in_a_line
 from fcmae.files import cache_folder
 
 SCHEMES = ("http", "https", "s3", "gs")
@@ -59,7 +60,7 @@ class Storage:
         if location.startswith(PIPE):
             if not self.allow_pipe:
                 raise DataError(f"{location}: commands are only run with data.allow_pipe=true")
-        elif is_remote(location) and scheme(location) not in SCHEMES:
+        elif is_remote(location) and location.split("://")[0] not in SCHEMES:
             raise DataError(f"{location}: must be a path or begin with {', '.join(f'{s}://' for s in SCHEMES)}")
 
     def check_names(self, names: list[str], base: str) -> None:
@@ -85,7 +86,7 @@ def unsafe(name: str) -> bool:
 
 
 def scheme(location: str) -> str:
-    return location.split("://")[0].lower()
+    return location.split("://")[0]
 
 
 def join(base: str, name: str) -> str:
@@ -93,7 +94,8 @@ def join(base: str, name: str) -> str:
     if is_remote(name):
         return name
     if not base.startswith(PIPE):
-        return f"{base.rstrip('/')}/{name}"
+        quoted = quote(name) if scheme(base) in ("http", "https") else name
+        return f"{base.rstrip('/')}/{quoted}"
     if "{}" not in base:
         raise DataError(f"{base}: must have {{}} where the name of a file goes")
     return base.replace("{}", shlex.quote(name))
@@ -103,7 +105,7 @@ def version(location: str) -> str | None:
     """What tells one content of a URL from another, if its server says anything like it. Raises DataError."""
     if location.startswith(PIPE):
         return None
-    info = _tried(location, lambda: _filesystem(location).info(location))
+    info = _tried(location, lambda: _info(location))
     known = [f"{name}={info[name]}" for name in VERSION_FIELDS if info.get(name)]
     return f"{info.get('size')} {known}" if known else None
 
@@ -114,7 +116,7 @@ def size_of(location: str) -> int | None:
         return None
     if not is_remote(location):
         return _tried(location, lambda: os.stat(location).st_size)
-    return _tried(location, lambda: _filesystem(location).info(location))["size"]
+    return _tried(location, lambda: _info(location)).get("size")
 
 
 @functools.cache
@@ -125,11 +127,25 @@ def exists(location: str) -> bool:
 
     def look() -> bool:
         try:
-            return _filesystem(location).info(location)["type"] == "file"
-        except (FileNotFoundError, PermissionError):  # the latter of buckets that do not say what is not in them
-            return False
+            return _info(location)["type"] == "file"
+        except Exception as error:
+            # The others of buckets that do not say what is not in them.
+            if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", None) in (401, 403):
+                return False
+            raise
 
     return bool(_tried(location, look))
+
+
+def _info(location: str) -> dict[str, Any]:
+    try:
+        return _filesystem(location).info(location)
+    except FileNotFoundError as error:
+        # fsspec says this of web servers whatever was wrong.
+        cause = error.__cause__
+        if isinstance(cause, Exception) and getattr(cause, "status", None) not in (404, 410) and "http" in location[:5]:
+            raise cause from None
+        raise
 
 
 def download(location: str, target: Path, size: int | None = None) -> None:
@@ -191,8 +207,7 @@ def reason(error: Exception) -> str:
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return f"the server answers {status} {getattr(error, 'message', '')}".strip()
-    text = getattr(error, "strerror", None) or str(error)
-    return text.splitlines()[0] if text else type(error).__name__
+    return in_a_line(error)
 
 
 def _filesystem(location: str) -> Any:

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import make_split
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from fcmae.data.index import ARRAYS, BLOCK, INDEX_NAME, ShardIndex, read_index
@@ -104,3 +105,24 @@ def test_large_indices_are_quick_and_small(tmp_path, samples, shards, seconds, m
     # The order of a whole epoch for one rank of eight.
     assert ordered < seconds
     assert order_megabytes < 64
+
+
+@pytest.mark.parametrize(
+    ("header", "arrays"),
+    [
+        ({"shards": None}, {}),
+        ({"shards": "[1"}, {}),
+        ({"classes": "7"}, {}),
+        ({}, {"label": 3}),
+        ({}, {"shard_bytes": 1}),
+    ],
+)
+def test_indices_whose_parts_do_not_fit_are_refused(tmp_path, header, arrays):
+    made_up(tmp_path, 100, 7).save()
+    held = load_file(tmp_path / INDEX_NAME)
+    with safe_open(tmp_path / INDEX_NAME, framework="numpy") as handle:
+        metadata = {k: v for k, v in (handle.metadata() | header).items() if v is not None}
+    held |= {name: held[name][:-count] for name, count in arrays.items()}
+    save_file(held, tmp_path / INDEX_NAME, metadata=metadata)
+    with pytest.raises(DataError, match=r"index\.safetensors cannot be read \(.*\); write it again"):
+        read_index(tmp_path)

@@ -180,3 +180,42 @@ def test_arguments_that_mean_nothing(foreign, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([str(foreign), "--jobs", "0"])
     assert "--jobs=0: must be at least 1" in capsys.readouterr().err
+
+
+def test_damaged_shards_are_not_taken_for_shorter_ones(foreign, capsys):
+    whole = (foreign / "part-0001.tar").read_bytes()
+    with tarfile.open(foreign / "part-0001.tar") as archive:
+        header = archive.getmembers()[8].offset  # of the third sample
+    for damaged in (
+        whole[: header + 2] + b"\xff\xff" + whole[header + 4 :],
+        whole[: header + 100],
+        whole[:header],
+    ):
+        (foreign / "part-0001.tar").write_bytes(damaged)
+        assert main([str(foreign)]) == 2
+        assert f"{foreign}/part-0001.tar: is no complete, uncompressed tar" in capsys.readouterr().err
+
+
+def test_capital_extensions_and_links(tmp_path, capsys):
+    tar(tmp_path / "blobs" / "1", ("a.PNG", PNG), ("a.CLS", b"1"), ("b.png", PNG), ("b.cls", b"0"))
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "x.tar").symlink_to(tmp_path / "blobs" / "1")
+    assert main([str(tmp_path / "snapshot")]) == 0
+    index = read_index(tmp_path / "snapshot")
+    assert index.shards == ["x.tar"]
+    assert index.label.tolist() == [1, 0]
+    assert not (tmp_path / "blobs" / "index.safetensors").exists()
+    capsys.readouterr()
+    for arguments, message in (
+        (["x{0..3}{"], "nbalanced"),
+        (
+            ["--out", "s3://bucket/ix", str(tmp_path / "snapshot")],
+            "--out=s3://bucket/ix: must be a folder of this machine",
+        ),
+        (["--out", str(tmp_path / "o"), "pipe:cat x"], "pipe: commands are only run with --allow-pipe"),
+        (["--out", str(tmp_path / "o"), "S3://b/x.tar"], "must be a path or begin with http://"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
