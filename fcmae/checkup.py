@@ -25,6 +25,7 @@ from fcmae.data.storage import Storage, size_of
 from fcmae.doctor import DoctorConfig
 from fcmae.errors import ConfigError, DataError
 from fcmae.runtime.distributed import Ranks
+from fcmae.settings import DEMO
 
 SHARED_MEMORY = Path("/dev/shm")
 BATCHES_WAITING = 4  # of a worker: three that are ready and one that is being made
@@ -122,7 +123,7 @@ def _open(config: DoctorConfig, split: str, report: _Report) -> ShardIndex | Non
     if config.model.in_chans not in (1, 3) and index.extensions != [".npy"]:
         report.fail(f"{key}: image files hold 1 or 3 channels, not model.in_chans={config.model.in_chans}")
     reader = ShardReader(index, config.data.storage)
-    if any(map(reader.cached, range(len(index.shards)))):
+    if source != DEMO and any(map(reader.cached, range(len(index.shards)))):
         _cache(config, index, key, report)
     return index
 

@@ -163,12 +163,12 @@ class _Pretraining:
         say = self.display.say
         weights = self.folder.path / "encoder.safetensors"
         save_encoder(self.model.encoder, weights, self.config.model, step=result.step, total_steps=self.total)
-        picture = self.draw(result.step)
-        if result.stopped_by is not None:
+        if result.stopped_by is not None:  # without a picture, for which its images may first have to be fetched
             again = " ".join(["python -m fcmae.pretrain", *(shlex.quote(a) for a in sys.argv[1:])])
             say(f"\nStopped by {result.stopped_by.name} after step {result.step:,} of {self.total:,}; all is saved.")
             say(f"Continue with:  {again}")
             return
+        picture = self.draw(result.step)
         loss = self.folder.recent_loss()
         complete = start >= self.total
         ended = "This run is complete" if complete else "Done"

@@ -12,7 +12,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -115,7 +115,16 @@ def fit(
     try:
         while step < stop_at:
             _seed_step(run.seed, step, ranks.rank)
-            _step(task, model, batches, run, ranks, window)
+            try:
+                _step(task, model, batches, run, ranks, window, stop)
+            except _StoppedWaiting:  # for data that may never come; the step has not changed anything yet
+                stopped_by = stop.received
+                task.optimizer.zero_grad(set_to_none=True)
+                if window.losses:
+                    flush(step)
+                if step > start:
+                    save()
+                break
             step += 1
             task.schedule.step_update(step)
             if task.ema is not None:
@@ -142,13 +151,21 @@ def fit(
 
 
 def _step(
-    task: Task, model: nn.Module, batches: Iterator[Batch], run: RunConfig, ranks: Ranks, window: _Window
+    task: Task,
+    model: nn.Module,
+    batches: Iterator[Batch],
+    run: RunConfig,
+    ranks: Ranks,
+    window: _Window,
+    stop: _StopSignals,
 ) -> None:
     """Forward, backward and update over `accumulate` micro-batches."""
     total = torch.zeros((), device=ranks.device)
     for part in range(task.accumulate):
         before = time.perf_counter()
-        batch = {name: value.to(ranks.device, non_blocking=True) for name, value in next(batches).items()}
+        with stop.waiting(alone=ranks.count == 1):
+            loaded = next(batches)
+        batch = {name: value.to(ranks.device, non_blocking=True) for name, value in loaded.items()}
         window.waited += time.perf_counter() - before
         last = part == task.accumulate - 1
         hold = nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
@@ -207,17 +224,35 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
     random.seed(int(state[2]))
 
 
+class _StoppedWaiting(BaseException):  # as KeyboardInterrupt is, which nobody on the way catches either
+    """A signal came while there was no step to be finished."""
+
+
 class _StopSignals:
-    """The first Ctrl-C or SIGTERM asks the loop to stop after the current step; the second interrupts at once."""
+    """The first Ctrl-C or SIGTERM asks the loop to stop after the current step; the second interrupts at once.
+
+    A process that is alone and waits for data stops waiting; of several, none can leave without the others.
+    """
 
     def __init__(self) -> None:
         self.received = 0
+        self._waiting = False
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
+        if self._waiting:
+            raise _StoppedWaiting
+
+    @contextmanager
+    def waiting(self, alone: bool) -> Iterator[None]:
+        self._waiting = alone
+        try:
+            yield
+        finally:
+            self._waiting = False
 
     def restore(self) -> None:
         for number, handler in self._before.items():

@@ -68,6 +68,9 @@ def flaky_server(folder: Path, **options: object) -> Iterator[FlakyServer]:
             if failure in ("503", "429"):
                 self.send_error(int(failure))
                 return
+            if failure == "silence":
+                threading.Event().wait(40)
+                return
             if failure == "reset":  # in the middle of nothing, with a RST
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.close_connection = True

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -389,3 +392,28 @@ def test_names_of_shards_are_quoted_for_the_web(shards, tmp_path):
     with flaky_server(tmp_path) as server:
         where = Storage(cache_dir=tmp_path / "cache")
         assert ShardReader(read_index(f"{server.url}/val", where), where).read(0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_waits_for_a_silent_server_can_be_stopped(tmp_path, workers):
+    make_split(tmp_path / "train", 240, per_shard=24)
+    with flaky_server(tmp_path) as server:
+        options = [f"data.train={server.url}/train", f"data.cache_dir={tmp_path / 'cache'}"]
+        options += [f"data.workers={workers}", "data.block_shards=1", "data.val=null", "run.dir=run", "optim.epochs=50"]
+        command = [sys.executable, "-m", "fcmae.pretrain", *tiny_run(tmp_path, *options)]
+        allowed = 4
+        server.failure = lambda path: "silence" if ".tar" in path and server.served.total() > allowed else None
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        metrics, seen = tmp_path / "run" / "metrics.jsonl", -1
+        deadline = time.monotonic() + 60
+        while not metrics.exists() or seen != len(metrics.read_text().splitlines()) or seen < 1:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            seen = len(metrics.read_text().splitlines()) if metrics.exists() else -1
+            time.sleep(2)
+        server.failure = lambda path: None  # for the picture at the end; what hangs goes on hanging
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+        assert process.returncode == 143, errors
+        assert f"after step {seen}" in output
+        assert (tmp_path / "run" / "checkpoints" / f"step-{seen:08d}").is_dir()
