@@ -96,6 +96,8 @@ class ShardCache:
 
     def _download(self, shard: Shard, keep: frozenset[str]) -> int | None:
         """A descriptor of the shard; None if another process is at it, or if there is no room but that of `keep`."""
+        if shard.bytes > self.limit:
+            raise DataError(f"data.cache_gb={self.limit / 1e9:g}: is less than one shard, {shard.bytes / 1e9:.3g} GB")
         part, final = self.folder / (shard.file + PART), self.folder / shard.file
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,11 @@ def test_a_cache_full_of_what_is_being_read(shards, tmp_path):
         os.close(descriptor)
 
 
+def test_a_shard_larger_than_the_cache(shards, tmp_path):
+    with pytest.raises(DataError, match=r"data\.cache_gb=5e-07: is less than one shard, 1e-06 GB"):
+        ShardCache(tmp_path / "cache", 500).open(shards[0])
+
+
 def test_another_content_is_another_file(shards, tmp_path):
     cache = ShardCache(tmp_path / "cache", 10**6)
     os.close(cache.open(shards[0]))
