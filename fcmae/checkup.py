@@ -122,8 +122,7 @@ def _open(config: DoctorConfig, split: str, report: _Report) -> ShardIndex | Non
     )
     if config.model.in_chans not in (1, 3) and index.extensions != [".npy"]:
         report.fail(f"{key}: image files hold 1 or 3 channels, not model.in_chans={config.model.in_chans}")
-    reader = ShardReader(index, config.data.storage)
-    if source != DEMO and any(map(reader.cached, range(len(index.shards)))):
+    if source != DEMO and ShardReader(index, config.data.storage).any_cached:
         _cache(config, index, key, report)
     return index
 
@@ -199,7 +198,7 @@ def _drawn(index: ShardIndex, storage: Storage, count: int) -> np.ndarray:
     """Sorted ids of samples to look at; of shards elsewhere, from a few only."""
     rng = np.random.default_rng(0)
     ids = np.arange(len(index))
-    if count and any(ShardReader(index, storage).cached(shard) for shard in range(len(index.shards))):
+    if count and ShardReader(index, storage).any_cached:
         shards = np.sort(rng.permutation(len(index.shards))[:SHARDS_FETCHED])
         rows = [np.arange(index.first_sample(s), index.first_sample(s) + index.shard_samples[s]) for s in shards]
         ids = np.concatenate(rows)

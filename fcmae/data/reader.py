@@ -28,7 +28,7 @@ class ShardReader:
     def __init__(self, index: ShardIndex, storage: Storage | None = None) -> None:
         self.index, self.storage = index, storage or Storage()
         self.cache = ShardCache(self.storage.cache_dir, self.storage.cache_bytes)
-        self._any_cached = any(map(self.cached, range(len(index.shards))))
+        self.any_cached = any(map(self.cached, range(len(index.shards))))
         self._reset()
 
     def _reset(self) -> None:
@@ -146,7 +146,7 @@ class ShardReader:
 
         A process whose batches nobody fetches, because another's is awaited, must not keep the room that one needs.
         """
-        for shard in [shard for shard in self._files if self._any_cached and self.cached(shard)]:
+        for shard in [shard for shard in self._files if self.any_cached and self.cached(shard)]:
             os.close(self._files.pop(shard))
 
     def __getstate__(self) -> dict:
