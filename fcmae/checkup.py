@@ -61,13 +61,9 @@ def examine(config: DoctorConfig) -> bool:
             continue
         if _shards(index, split, report):
             _labels(index, split, report)
-            if split == "train" and config.optim.batch_size > len(index):
-                report.fail(
-                    f"optim.batch_size={config.optim.batch_size}: must be at most the {len(index):,} images there are"
-                )
-                continue
-            _images(config, index, split, report)
-            if split == "train" and config.seconds:
+            bytes_each = _images(config, index, split, report)
+            if split == "train":
+                _shared_memory(config, bytes_each, report)
                 _speed(config, index, report)
     report.console.print("everything is in order" if report.good else "something is wrong, see FAIL above")
     return report.good
@@ -84,9 +80,13 @@ def _machine(config: DoctorConfig, report: _Report) -> None:
         report.ok("crops of JPEGs are decoded by region")
     else:
         report.note("JPEGs are decoded whole, at half the speed: no C++ compiler, or no libjpeg-turbo, was found")
+
+
+def _shared_memory(config: DoctorConfig, bytes_each: int, report: _Report) -> None:
+    """Whether batches of so many bytes a pixel and channel have room where workers leave them."""
     height, width = config.model.validate().image_size
-    rows = config.optim.batch_size // config.optim.accumulate
-    needed = workers * BATCHES_WAITING * rows * config.model.in_chans * height * width
+    workers, rows = config.data.workers, config.optim.batch_size // config.optim.accumulate
+    needed = workers * BATCHES_WAITING * rows * config.model.in_chans * height * width * bytes_each
     if workers and SHARED_MEMORY.is_dir():
         free = shutil.disk_usage(SHARED_MEMORY).free
         text = f"batches of {workers} workers take up to {needed / 1e6:,.0f} MB of shared memory on one rank, "
@@ -205,8 +205,8 @@ def _drawn(index: ShardIndex, storage: Storage, count: int) -> np.ndarray:
     return np.sort(rng.permutation(ids)[: count or len(ids)])
 
 
-def _images(config: DoctorConfig, index: ShardIndex, split: str, report: _Report) -> None:
-    """Read and decode some images."""
+def _images(config: DoctorConfig, index: ShardIndex, split: str, report: _Report) -> int:
+    """Read and decode some images; bytes of a pixel's channel in them."""
     ids = _drawn(index, config.data.storage, config.images)
     found: list[str] = []
     faults = Faults(1.0, found.append)
@@ -215,12 +215,13 @@ def _images(config: DoctorConfig, index: ShardIndex, split: str, report: _Report
     samples = Samples(ShardReader(index, config.data.storage), CentreView((8, 8)), channels)
     start = time.perf_counter()
     batches = chosen_batches(samples, ids, 32, config.data.workers, faults)
+    bytes_each = 1
     try:
-        for _ in batches:
-            pass
+        for batch in batches:
+            bytes_each = max(bytes_each, batch["image"].element_size())
     except DataError as error:  # types of arrays that differ
         report.fail(f"data.{split}: {error}")
-        return
+        return bytes_each
     finally:
         batches.close()  # and its processes with it
     seconds = time.perf_counter() - start
@@ -232,11 +233,17 @@ def _images(config: DoctorConfig, index: ShardIndex, split: str, report: _Report
             f"{len(ids):,} images of data.{split} read and decoded completely, {len(ids) / seconds:,.0f}/s, "
             f"{size / seconds / 1e6:,.0f} MB/s"
         )
+    return bytes_each
 
 
 def _speed(config: DoctorConfig, index: ShardIndex, report: _Report) -> None:
     """Load training batches for a while."""
     data, optim, geometry = config.data, config.optim, config.model.validate()
+    if optim.batch_size > len(index):
+        report.fail(f"optim.batch_size={optim.batch_size}: must be at most the {len(index):,} images there are")
+        return
+    if not config.seconds:
+        return
     plan = BatchPlan(index.shard_samples, optim.batch_size, optim.accumulate, block_shards=data.block_shards)
     low, high = data.crop_scale
     view = TrainView(geometry.image_size, (low, high), data.hflip)

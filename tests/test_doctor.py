@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import run_module, tiny_run
 
@@ -117,17 +118,26 @@ def test_labels(train, capsys):
     assert "note  data.train: 71 images have no label" in lines
 
 
+def array(dtype):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((20, 20, 3), dtype))
+    return buffer.getvalue()
+
+
 def test_arrays_of_several_types_and_channels(tmp_path, capsys):
-    import numpy as np
-
-    def array(dtype):
-        buffer = io.BytesIO()
-        np.save(buffer, np.zeros((20, 20, 3), dtype))
-        return buffer.getvalue()
-
     types = ["uint8", "uint16"] * 12
     write_shards(((f"{i}", "npy", array(kind), 0) for i, kind in enumerate(types)), tmp_path / "train", classes=["one"])
     assert "holds torch.uint16, other samples torch.uint8" in fails(capsys, tmp_path / "train")[0]
+
+
+@pytest.mark.parametrize(("dtype", "megabytes"), [("uint8", 5), ("float32", 19)])
+def test_shared_memory_of_arrays(tmp_path, capsys, dtype, megabytes):
+    images = [(str(i), "npy", array(dtype), 0) for i in range(24)]
+    write_shards(images, tmp_path / "train", classes=["one"])
+    config = DoctorConfig(data=DataConfig(train=str(tmp_path / "train"), workers=1), seconds=0)
+    config.model.image_size, config.optim.batch_size = 256, 6
+    examine(config)  # 4 batches × 6 images × 3 × 256 × 256
+    assert f"batches of 1 workers take up to {megabytes} MB of shared memory" in capsys.readouterr().out
 
 
 def test_too_little_shared_memory_and_too_large_a_batch(train, capsys, monkeypatch):

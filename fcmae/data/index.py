@@ -165,12 +165,15 @@ def read_index(path: str | Path, storage: Storage | None = None) -> ShardIndex:
 
 def _brought(location: str, known: str, storage: Storage) -> Path:
     """A copy of version `known` of an index from elsewhere, the one of before where versions are told apart."""
-    digest = hashlib.sha256(f"{location}\0{known}".encode()).hexdigest()[:20]
-    file = storage.cache_dir / f"index-{digest}.safetensors"
+    where, which = (hashlib.sha256(text.encode()).hexdigest()[:20] for text in (location, known))
+    file = storage.cache_dir / f"index-{where}-{which}.safetensors"
     if not known or not file.exists():
         try:
             with written_whole(file) as temporary:
                 download(location, temporary)
+            for other in storage.cache_dir.glob(f"index-{where}-*.safetensors"):
+                if other != file:  # of before; who has it mapped keeps it
+                    other.unlink(missing_ok=True)
         except OSError as error:
             raise DataError(f"data.cache_dir={storage.cache_dir}: cannot be used: {error.strerror}") from error
     return file

@@ -7,7 +7,7 @@ them. The index goes into FOLDER, by default the one folder the shards lie in, a
 FOLDER as data.train. Only headers are read, of URLs the whole shards, which are not kept.
 
 As in WebDataset, files whose names are the same up to the first dot are a sample. One of them must be an image (or a
-.npy array); its label is the number in the file .cls, or that of KEY in the file .json.
+.npy array), or the one with --image EXTENSION is; its label is the number in the file .cls, or that of KEY in .json.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -38,37 +39,44 @@ MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key and extension, as 
 LARGEST_LABEL = 1 << 20
 
 
-def read_shard(location: str, label_key: str | None, allow_pipe: bool) -> Written:
+@dataclass(frozen=True)
+class Wanted:
+    """What is taken of a sample: the file that is its image (None: the only one), the key of its label in .json (None:
+    the number in .cls). allow_pipe: also from members with unsafe names.
+    """
+
+    image: str | None = None
+    label_key: str | None = None
+    allow_pipe: bool = False
+
+
+def read_shard(location: str, wanted: Wanted) -> Written:
     """What a shard holds. Raises DataError, naming the shard and where there is one the sample."""
     if not is_remote(location):
-        return _scanned(Path(location), location, label_key, allow_pipe)
+        return _scanned(Path(location), location, wanted)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.tar"
         download(location, path)
-        return _scanned(path, location, label_key, allow_pipe)
+        return _scanned(path, location, wanted)
 
 
-def _scanned(path: Path, location: str, label_key: str | None, allow_pipe: bool) -> Written:
+def _scanned(path: Path, location: str, wanted: Wanted) -> Written:
     written = Written(location, path.stat().st_size)
     try:
         with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for key, files in _samples(archive):
                 for member in files.values():
-                    if unsafe(member.name) and not allow_pipe:
+                    if unsafe(member.name) and not wanted.allow_pipe:
                         raise DataError(f"{location}: {member.name}: such names are only taken with --allow-pipe")
-                images = [ext for ext in files if _suffix(ext) in IMAGE_EXTENSIONS]
-                if len(images) != 1:
-                    found = f"{len(images)} images" if images else "no image"
-                    named = ", ".join(list(files)[:10]) + (", …" if len(files) > 10 else "")
-                    raise DataError(f"{location}: sample {key} has {found} among its files {named}")
-                image = files[images[0]]
+                extension = _image(files, wanted.image, f"{location}: sample {key}")
+                image = files[extension]
                 stream.seek(image.offset_data - BLOCK)
                 if stream.read(BLOCK)[257:262] != b"ustar":
                     raise DataError(f"{location}: has headers of before 1988; pack the shard again")
                 written.blocks.append(image.offset_data // BLOCK)
                 written.sizes.append(image.size)
-                written.labels.append(_label(archive, files, label_key, f"{location}: sample {key}"))
-                written.extensions.add(_suffix(images[0]))
+                written.labels.append(_label(archive, files, wanted.label_key, f"{location}: sample {key}"))
+                written.extensions.add(_suffix(extension))
             stream.seek(archive.offset)
             end = stream.read(BLOCK)
             if end != bytes(BLOCK):  # where tarfile stops without a word
@@ -102,6 +110,21 @@ def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.
         files[extension] = member
     if files:
         yield key, files
+
+
+def _image(files: dict[str, tarfile.TarInfo], wanted: str | None, where: str) -> str:
+    """The extension of the file that is a sample's image. Raises DataError."""
+    named = ", ".join(list(files)[:10]) + (", …" if len(files) > 10 else "")
+    if wanted is not None:
+        if wanted not in files:
+            raise DataError(f"{where} has no {wanted} among its files {named}")
+        return wanted
+    images = [ext for ext in files if _suffix(ext) in IMAGE_EXTENSIONS]
+    if not images:
+        raise DataError(f"{where} has no image among its files {named}")
+    if len(images) > 1:
+        raise DataError(f"{where} has {len(images)} images among its files {named}; choose one with --image")
+    return images[0]
 
 
 def _label(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo], label_key: str | None, where: str) -> int:
@@ -148,19 +171,18 @@ def expand(names: list[str]) -> list[str]:
 def index_shards(
     shards: list[str],
     out: Path,
+    wanted: Wanted,
     *,
-    label_key: str | None = None,
     classes: list[str] | None = None,
-    allow_pipe: bool = False,
     jobs: int = 1,
     console: Console | None = None,
 ) -> ShardIndex:
     """Write the index of `shards` into `out`. Classes without names are numbered. Raises DataError."""
-    storage = Storage(allow_pipe=allow_pipe)
+    storage = Storage(allow_pipe=wanted.allow_pipe)
     for shard in shards:
         storage.check(shard)
     out.mkdir(parents=True, exist_ok=True)
-    read = partial(read_shard, label_key=label_key, allow_pipe=allow_pipe)
+    read = partial(read_shard, wanted=wanted)
     shown = console or Console(soft_wrap=True)
     with ProcessPoolExecutor(jobs, initializer=_ignore_interrupts) as pool:
         found = pool.map(read, shards) if jobs > 1 and len(shards) > 1 else map(read, shards)
@@ -169,7 +191,7 @@ def index_shards(
     for entry in written:
         if not is_remote(entry.name) and os.path.dirname(entry.name) == os.path.abspath(out):
             entry.name = Path(entry.name).name
-    index = index_of(out, written, [], {"source": "shards that were there", "label_key": label_key})
+    index = index_of(out, written, [], {"source": "shards that were there", **asdict(wanted)})
     if not len(index):
         raise DataError("there is no sample in these shards")
     highest = int(index.label.max())
@@ -193,12 +215,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each, in the order of labels")
     names.add_argument("--synsets", choices=LISTS, help="classes of this list of timm's")
+    parser.add_argument("--image", metavar="EXTENSION", help="of the file that is the image, such as rgb.png")
     parser.add_argument("--label-key", metavar="KEY", help="take labels from .json files")
     parser.add_argument("--allow-pipe", action="store_true", help="run pipe: commands, take unsafe names of members")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one per core)")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs={options.jobs}: must be at least 1")
+    if options.image is not None:
+        options.image = options.image.lower().removeprefix(".")
+        if _suffix(options.image) not in IMAGE_EXTENSIONS:
+            parser.error(f"--image={options.image}: must end in one of {', '.join(e[1:] for e in IMAGE_EXTENSIONS)}")
     return options
 
 
@@ -224,9 +251,8 @@ def main(arguments: list[str] | None = None) -> int:
         index = index_shards(
             shards,
             out,
-            label_key=options.label_key,
+            Wanted(options.image, options.label_key, options.allow_pipe),
             classes=classes,
-            allow_pipe=options.allow_pipe,
             jobs=options.jobs,
             console=console,
         )

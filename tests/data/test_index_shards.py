@@ -131,11 +131,26 @@ def tar(path, *files):
 PNG = png(np.random.default_rng(0))
 
 
+def test_one_image_of_several_is_chosen(tmp_path):
+    tar(
+        tmp_path / "s" / "x.tar",
+        ("a.depth.png", b"depth"),
+        ("a.RGB.png", PNG),
+        ("b.depth.png", b"d"),
+        ("b.rgb.png", PNG),
+    )
+    assert main([str(tmp_path / "s"), "--image", ".rgb.PNG"]) == 0
+    index = read_index(tmp_path / "s")
+    assert [ShardReader(index).read(i) for i in range(len(index))] == [PNG, PNG]
+    assert index.extensions == [".png"]
+
+
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [
         ([("a.txt", b"x")], [], "sample a has no image among its files txt"),
-        ([("a.png", PNG), ("a.jpg", PNG)], [], "sample a has 2 images among its files png, jpg"),
+        ([("a.png", PNG), ("a.jpg", PNG)], [], "has 2 images among its files png, jpg; choose one with --image"),
+        ([("a.png", PNG)], ["--image", "rgb.png"], "sample a has no rgb.png among its files png"),
         ([("a.png", PNG), ("a.cls", b"cat")], [], "sample a: its .cls holds 'cat', not a number from 0 on"),
         ([("a.png", PNG), ("a.cls", b"-2")], [], "sample a: its .cls holds '-2', not a number from 0 on"),
         ([("a.png", PNG), ("a.json", b'{"b": 1}')], ["--label-key", "c"], "not a number at c from 0 on"),
@@ -177,9 +192,13 @@ def test_arguments_that_mean_nothing(foreign, tmp_path, capsys):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert message in error, error
-    with pytest.raises(SystemExit, match="2"):
-        main([str(foreign), "--jobs", "0"])
-    assert "--jobs=0: must be at least 1" in capsys.readouterr().err
+    for option, value, message in (
+        ("--jobs", "0", "--jobs=0: must be at least 1"),
+        ("--image", "txt", "--image=txt: must end in one of jpg, jpeg, png,"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(foreign), option, value])
+        assert message in capsys.readouterr().err
 
 
 def test_damaged_shards_are_not_taken_for_shorter_ones(foreign, capsys):

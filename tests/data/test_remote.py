@@ -178,6 +178,7 @@ def test_an_index_that_was_written_anew_is_fetched_anew(tmp_path):
         server.folder = tmp_path / "b"
         os.utime(tmp_path / "b" / "train" / "index.safetensors", (1, 1))
         assert len(read_index(f"{server.url}/train/index.safetensors", where)) == 48
+        assert len(list(where.cache_dir.glob("index-*"))) == 1  # the one of before is gone
 
 
 def test_reading_ahead_and_copying_give_the_same_batches(shards, tmp_path):
