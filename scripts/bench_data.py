@@ -1,6 +1,6 @@
 """Speed of reading, decoding and cropping, against torchvision's way, on made-up photographs.
 
-    python scripts/bench_data.py                           the two ratios of docs/performance.md, on one core
+    python scripts/bench_data.py                           the two ratios of docs/data.md, on one core
     python scripts/bench_data.py --workers 2               and the whole loaders against each other
     python scripts/bench_data.py --workers 2 --train atto  and how long pretraining steps wait for data
 
