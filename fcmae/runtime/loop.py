@@ -46,7 +46,7 @@ class Task:
     batches: start step -> this rank's micro-batches from there to `total_steps`, in order.
     loss: (model, batch on the device) -> scalar mean loss of the micro-batch. after_step: called with the step just
     done, after its update. ema: an object with `update(model, step=)` and a state dict, or None. bad_samples: how many
-    samples of this rank could not be used since it started, where that is counted.
+    samples of the batches fetched so far could not be used, where that is counted.
     """
 
     model: nn.Module
@@ -71,6 +71,7 @@ class _Window:
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
+    bad: list[int] = field(default_factory=list)
     waited: float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
@@ -161,6 +162,7 @@ def _step(
 ) -> None:
     """Forward, backward and update over `accumulate` micro-batches."""
     total = torch.zeros((), device=ranks.device)
+    bad_before = task.bad_samples() if task.bad_samples is not None else 0
     for part in range(task.accumulate):
         before = time.perf_counter()
         with stop.waiting(alone=ranks.count == 1):
@@ -181,6 +183,8 @@ def _step(
     task.optimizer.zero_grad(set_to_none=True)
     window.losses.append(total)
     window.norms.append(norm.detach())
+    if task.bad_samples is not None:
+        window.bad.append(task.bad_samples() - bad_before)
 
 
 def _record(
@@ -189,12 +193,11 @@ def _record(
     """Fetch the window's losses from the device, check them and write one record per step. Raises NonFiniteError."""
     losses = (ranks.sum(torch.stack(window.losses)) / ranks.count).tolist()
     norms = torch.stack(window.norms).tolist()
-    counts = {}
-    if task.bad_samples is not None:
-        counts["bad_samples"] = int(ranks.sum(torch.tensor(task.bad_samples(), device=ranks.device)))
+    bad = ranks.sum(torch.tensor(window.bad, device=ranks.device)).tolist() if window.bad else []
     seconds = time.perf_counter() - window.since
     speed = len(losses) * task.batch_size / max(seconds, 1e-9)
-    for number, (loss, norm, lr) in enumerate(zip(losses, norms, window.rates, strict=True), step - len(losses) + 1):
+    first = step - len(losses) + 1
+    for number, (loss, norm, lr) in enumerate(zip(losses, norms, window.rates, strict=True), first):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             good = checkpoint.find_checkpoint(folder)
             raise NonFiniteError(
@@ -210,7 +213,7 @@ def _record(
                 "grad_norm": norm,
                 "images_per_second": round(speed, 2),
                 "data_wait": round(window.waited / max(seconds, 1e-9), 4),
-                **counts,
+                **({"bad_samples": bad[number - first]} if bad else {}),
             }
         )
     display.update(step, (step - 1) // task.steps_per_epoch, sum(losses) / len(losses), window.rates[-1], speed)
