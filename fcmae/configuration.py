@@ -84,7 +84,8 @@ def run(composed: DictConfig, schema: type[Schema], body: Callable[[Schema], Non
         if "DataLoader worker" not in str(error):
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # said once is enough
-        fail(UserError(f"{error}. Something outside ended it, often for lack of memory; try a smaller data.workers"))
+        said = str(error).strip(" .")
+        fail(UserError(f"{said}. Something outside ended it, often for lack of memory; try a smaller data.workers"))
 
 
 def fail(error: BaseException) -> NoReturn:

@@ -101,7 +101,10 @@ def test_stopped_anywhere_and_continued_it_ends_with_the_same_bits(finished, sha
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, number) if number != signal.SIGTERM else process.terminate()
+    os.killpg(process.pid, number)
+    if number == signal.SIGTERM:  # Slurm to all processes, torchrun to its own
+        time.sleep(0.1)
+        os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=60)
     if number == signal.SIGKILL:
         assert process.returncode == -9
@@ -116,6 +119,27 @@ def test_stopped_anywhere_and_continued_it_ends_with_the_same_bits(finished, sha
     expected, actual = encoder(finished), encoder(run)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert [r["loss"] for r in records(run)] == [r["loss"] for r in records(finished)]
+
+
+def test_ranks_of_torchrun_stop_together_and_save(shards, tmp_path):
+    arguments = tiny_run(shards, "data.workers=2", "optim.epochs=2000", "run.dir=run")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fcmae.pretrain",
+         *arguments],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(records(tmp_path / "run")) < 4:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()  # torchrun then sends it to the groups of its processes
+    output, errors = process.communicate(timeout=60)
+    step = records(tmp_path / "run")[-1]["step"]
+    assert f"Stopped by SIGTERM after step {step}" in output, errors
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+    assert "DataLoader" not in errors
 
 
 def test_max_steps_stops_early_and_more_steps_continue(finished, shards, tmp_path):

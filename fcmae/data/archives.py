@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
 
 from fcmae.data.images import TarImages
-from fcmae.data.index import IMAGE_EXTENSIONS
+from fcmae.data.index import BLOCK, IMAGE_EXTENSIONS
 from fcmae.data.synsets import SYNSET, class_order, find_label_file, validation_labels
 from fcmae.errors import DataError
 
@@ -28,7 +28,7 @@ class _Piece:
         self.stream, self.start, self.size, self.position = stream, start, size, 0
 
     def read(self, count: int = -1) -> bytes:
-        left = self.size - self.position
+        left = max(0, self.size - self.position)
         self.stream.seek(self.start + self.position)
         data = self.stream.read(left if count < 0 else min(count, left))
         self.position += len(data)
@@ -42,32 +42,63 @@ class _Piece:
         return self.position
 
 
-def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """Name, offset in the file and size of the files in a tar, which may itself be a piece of the file.
+def members(path: Path, start: int = 0, size: int | None = None, inner: str = "") -> Iterator[tuple[str, int, int]]:
+    """Name, offset in the file and size of the files in a tar, which may itself be a piece of the file, named `inner`.
 
     Raises:
-        DataError: if it is not a tar, is compressed, or ends too early.
+        DataError: if it is not a tar, is compressed, damaged or cut short, or holds images without their bytes.
     """
     try:
         with open(path, "rb") as stream:
-            whole = os.stat(path).st_size
-            piece = cast(BinaryIO, _Piece(stream, start, whole - start if size is None else size))
+            whole = os.stat(path).st_size - start
+            length = whole if size is None else min(whole, size)
+            piece = cast(BinaryIO, _Piece(stream, start, length))
             with tarfile.open(fileobj=piece, mode="r:") as archive:
                 for member in archive:
-                    if start + member.offset_data + member.size > whole:
+                    if member.offset_data + member.size > length:
                         raise tarfile.ReadError(f"it ends inside {member.name}")
+                    check_bytes(member)
                     if member.isfile():
                         yield member.name, start + member.offset_data, member.size
+                check_end(archive, piece)
     except tarfile.TarError as error:
+        where = f"{path}: {inner}" if inner else path
         raise DataError(
-            f"{path}: cannot be read as a tar ({error}); archives must be complete and uncompressed"
+            f"{where}: cannot be read as a tar ({error}); archives must be complete and uncompressed"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def check_bytes(member: tarfile.TarInfo) -> None:
+    """Raise tarfile.ReadError for an image whose bytes do not follow its header."""
+    if is_image(member.name) and (member.islnk() or member.issym() or member.issparse()):
+        raise tarfile.ReadError(
+            f"{member.name} is a link or a sparse file; pack it with tar --dereference --hard-dereference, "
+            "without --sparse"
+        )
+
+
+def check_end(archive: tarfile.TarFile, stream: BinaryIO) -> None:
+    """Raise tarfile.ReadError if tarfile came to the end of its list where the tar does not end, of which it is silent.
+
+    stream: what the archive was opened from.
+    """
+    stream.seek(archive.offset)
+    found = stream.read(BLOCK)
+    if found != bytes(BLOCK):
+        raise tarfile.ReadError(f"no end, but {'something else' if found else 'nothing'} at {archive.offset:,}")
+
+
 def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not os.path.basename(name).startswith(".")
+
+
+def _rows(found: Iterable[tuple[str, int, int]]) -> np.ndarray:
+    """Offset, size and kind (a number in IMAGE_EXTENSIONS) of the images among members: (N, 3) int64."""
+    images = ((at, size, os.path.splitext(name)[1].lower()) for name, at, size in found if is_image(name))
+    rows = [(at, size, IMAGE_EXTENSIONS.index(extension)) for at, size, extension in images]
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
 def class_tars(source: Path) -> list[tuple[str, Path, int, int]]:
@@ -95,15 +126,14 @@ def read_class_tars(source: Path, synsets: str | None) -> tuple[list[str], str |
     places: list[np.ndarray] = []
     left_out = []
     for title, path, start, size in tars:
-        found = [(offset, length) for name, offset, length in members(path, start, size) if is_image(name)]
+        rows = _rows(members(path, start, size, "" if source.is_dir() else f"{title}.tar"))
         if title not in numbers:
-            left_out.append(f"{title}: is not in {synsets}; its {len(found):,} images were left out")
+            left_out.append(f"{title}: is not in {synsets}; its {len(rows):,} images were left out")
             continue
         file = paths.setdefault(path, len(paths))
-        rows = np.array(found, dtype=np.int64).reshape(-1, 2)
         ones = np.ones(len(rows), dtype=np.int64)
-        places.append(np.stack([ones * file, rows[:, 0], rows[:, 1], ones * numbers[title]]))
-    joined = np.concatenate(places, axis=1) if places else np.empty((4, 0), np.int64)
+        places.append(np.stack([ones * file, *rows.T, ones * numbers[title]]))
+    joined = np.concatenate(places, axis=1) if places else np.empty((5, 0), np.int64)
     if joined.shape[1] == 0:
         raise DataError(f"{source}: holds no images")
     return classes, listed, TarImages(list(paths), *joined), left_out
@@ -121,5 +151,5 @@ def read_validation_tar(path: Path, labels: Path | None, classes: list[str]) -> 
     if not found:
         raise DataError(f"{path}: holds no images")
     numbers = validation_labels(labels, [os.path.basename(name) for name, _, _ in found], classes)
-    offset, size = (np.array([row[part] for row in found], dtype=np.int64) for part in (1, 2))
-    return TarImages([path], np.zeros(len(found), np.int32), offset, size, np.array(numbers))
+    offset, size, kind = _rows(found).T
+    return TarImages([path], np.zeros(len(found), np.int32), offset, size, kind, np.array(numbers))

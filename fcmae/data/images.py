@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fcmae.data.index import BLOCK
+from fcmae.data.index import BLOCK, IMAGE_EXTENSIONS
 
 
 class Images(ABC):
@@ -70,12 +70,23 @@ def _size(path: Path) -> int:
 
 
 class TarImages(Images):
-    """Members of tars, also of tars within tars: each a piece of a file on disk."""
+    """Members of tars, also of tars within tars: each a piece of a file on disk.
+
+    Of each its file in `paths`, where in that its bytes begin, how many, and which of IMAGE_EXTENSIONS it has (the
+    header before its bytes may have its name cut short).
+    """
 
     def __init__(
-        self, paths: list[Path], archive: np.ndarray, offset: np.ndarray, size: np.ndarray, labels: np.ndarray
+        self,
+        paths: list[Path],
+        archive: np.ndarray,
+        offset: np.ndarray,
+        size: np.ndarray,
+        kind: np.ndarray,
+        labels: np.ndarray,
     ) -> None:
-        self.paths, self.archive, self.offset, self.size = paths, archive, offset, size
+        self.paths, self.archive, self.offset, self.size = paths, archive.astype(np.int32), offset, size
+        self.kind = kind.astype(np.uint8)
         self.labels = labels.astype(np.int32)
         self._open: dict[int, int] = {}
 
@@ -97,7 +108,7 @@ class TarImages(Images):
         data = os.pread(self._file(number), size, int(self.offset[number]))
         if len(data) != size:
             raise OSError(0, "the archive ends inside it")
-        return Path(self.name(number)).suffix[1:].lower(), data
+        return IMAGE_EXTENSIONS[self.kind[number]][1:], data
 
     def shown(self, number: int) -> str:
         return printable(f"{self.paths[int(self.archive[number])].name}: {self.name(number)}")

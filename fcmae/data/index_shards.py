@@ -29,6 +29,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from fcmae.data.archives import check_bytes, check_end
 from fcmae.data.index import BLOCK, IMAGE_EXTENSIONS, INDEX_NAME, ShardIndex
 from fcmae.data.storage import PIPE, Storage, download, is_remote, unsafe
 from fcmae.data.synsets import LISTS, synset_list
@@ -77,12 +78,7 @@ def _scanned(path: Path, location: str, wanted: Wanted) -> Written:
                 written.sizes.append(image.size)
                 written.labels.append(_label(archive, files, wanted.label_key, f"{location}: sample {key}"))
                 written.extensions.add(_suffix(extension))
-            stream.seek(archive.offset)
-            end = stream.read(BLOCK)
-            if end != bytes(BLOCK):  # where tarfile stops without a word
-                raise tarfile.TarError(
-                    f"no end, but {'nothing' if not end else 'something else'} at {archive.offset:,}"
-                )
+            check_end(archive, stream)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{location}: is no complete, uncompressed tar ({error})") from error
     return written
@@ -99,6 +95,7 @@ def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.
     files: dict[str, tarfile.TarInfo] = {}
     for member in archive:
         archive.members.clear()  # type: ignore[attr-defined]  # it would keep the headers of a million files
+        check_bytes(member)
         match = MEMBER.fullmatch(member.name)
         if not member.isfile() or match is None:
             continue

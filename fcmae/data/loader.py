@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Generator
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +38,7 @@ Bad = list[tuple[int, str]]  # samples that could not be used, and why
 NONE = np.empty(0, dtype=np.int64)
 ATTEMPTS = 10  # samples tried for one place
 SHARDS_AHEAD = 2  # fetched before an evaluation needs them
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Plan(Protocol):
@@ -217,7 +220,8 @@ def _load(batches: _Batches, numbers: range, workers: int, faults: Faults | None
         # It would draw a seed, which nothing here uses, from the generator that the training step was seeded on.
         generator=torch.Generator(),
     )
-    arriving = iter(loader)
+    with _signals_held():
+        arriving = iter(loader)
     for _ in numbers:
         try:
             loaded = next(arriving)
@@ -238,10 +242,31 @@ class WorkerError(RuntimeError):
     """A loader process ended from outside; torch raises plain RuntimeErrors with the same beginning."""
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of the block; in processes that are started in it, until these let them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; only the main one decides what it means.
+    # A terminal, torchrun and Slurm send them to every process; only the main one decides what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        threading.Thread(target=_obey, args=(os.getppid(),), name="SIGTERM", daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     torch.set_num_threads(1)
+
+
+def _obey(parent: int) -> None:
+    """End this process at the SIGTERM of its parent; others, like that to a whole group, are not for it."""
+    while True:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
+            os._exit(0)
 
 
 def normalise(images: Tensor, mean: list[float], std: list[float]) -> Tensor:

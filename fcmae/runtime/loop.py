@@ -232,8 +232,9 @@ class _StoppedWaiting(BaseException):  # as KeyboardInterrupt is, which nobody o
 
 
 class _StopSignals:
-    """The first Ctrl-C or SIGTERM asks the loop to stop after the current step; the second interrupts at once.
+    """The first Ctrl-C or SIGTERM asks the loop to stop after the current step; a second Ctrl-C interrupts at once.
 
+    A second SIGTERM does not: of Slurm and torchrun, each may send its own.
     A process that is alone and waits for data stops waiting; of several, none can leave without the others.
     """
 
@@ -244,7 +245,9 @@ class _StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.received = number
         if self._waiting:
             raise _StoppedWaiting

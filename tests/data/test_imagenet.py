@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import tarfile
 
 import imagenet
 import numpy as np
@@ -174,6 +175,45 @@ def test_damaged_tars_are_named(tmp_path, capsys):
     imagenet.write_val_tar(path, [])
     assert main([str(path), str(tmp_path / "out")]) == 2
     assert "holds no class tars" in capsys.readouterr().err
+
+
+def test_damage_that_tarfile_passes_over_in_silence(tmp_path, capsys):
+    whole = {synset: imagenet.class_tar(synset, files) for synset, files in imagenet.class_images(SYNSETS, 5).items()}
+    victim = SYNSETS[1]
+    with tarfile.open(fileobj=io.BytesIO(whole[victim])) as archive:
+        header = archive.getmembers()[3].offset
+    for damaged, message in (
+        (whole[victim][: header + 2] + b"\xff\xff" + whole[victim][header + 4 :], "no end, but something else at"),
+        (whole[victim][:header], "no end, but nothing at"),
+        (whole[victim][: header + 600], "it ends inside"),
+    ):
+        folder = tmp_path / message.replace(" ", "")
+        folder.mkdir()
+        with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as archive:
+            for synset, data in (whole | {victim: damaged}).items():
+                imagenet.add(archive, f"{synset}.tar", data)
+        assert main([str(folder), str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert re.search(f"ILSVRC2012_img_train.tar: {victim}.tar: cannot be read as a tar .{message}", error), error
+        for synset, data in (whole | {victim: damaged}).items():
+            (folder / f"{synset}.tar").write_bytes(data)
+        (folder / "ILSVRC2012_img_train.tar").unlink()
+        assert main([str(folder), str(tmp_path / "out")]) == 2
+        assert f"{victim}.tar: cannot be read as a tar ({message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_long_names_keep_their_extension(tmp_path, format):
+    (tmp_path / "tars").mkdir()
+    files = imagenet.class_images(["n01440764"], 2)["n01440764"]
+    with tarfile.open(tmp_path / "tars" / "n01440764.tar", "w", format=format) as archive:
+        for number, data in enumerate(files):
+            imagenet.add(archive, f"{'long/' * 30}{number}.JPEG", data)
+    assert main([str(tmp_path / "tars"), str(tmp_path / "out")]) == 0
+    index = read_index(tmp_path / "out")
+    assert index.extensions == [".jpeg"]
+    assert {ShardReader(index).name(i) for i in range(2)} == {"000000000.jpeg", "000000001.jpeg"}
 
 
 def test_pieces_of_a_file_read_like_the_file(tmp_path):

@@ -215,6 +215,21 @@ def test_damaged_shards_are_not_taken_for_shorter_ones(foreign, capsys):
         assert f"{foreign}/part-0001.tar: is no complete, uncompressed tar" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE], ids=["hard", "soft", "sparse"]
+)
+def test_images_without_their_bytes_are_not_passed_over(tmp_path, capsys, kind):
+    (tmp_path / "s").mkdir()
+    with tarfile.open(tmp_path / "s" / "x.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        for name, type in (("a.png", tarfile.REGTYPE), ("b.png", kind)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = type, "a.png" if type in (tarfile.LNKTYPE, tarfile.SYMTYPE) else ""
+            member.size = len(PNG) if type == tarfile.REGTYPE else 0
+            archive.addfile(member, io.BytesIO(PNG))
+    assert main([str(tmp_path / "s")]) == 2
+    assert "b.png is a link or a sparse file; pack it with tar --dereference" in capsys.readouterr().err
+
+
 def test_capital_extensions_and_links(tmp_path, capsys):
     tar(tmp_path / "blobs" / "1", ("a.PNG", PNG), ("a.CLS", b"1"), ("b.png", PNG), ("b.cls", b"0"))
     (tmp_path / "snapshot").mkdir()
