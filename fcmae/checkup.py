@@ -230,7 +230,7 @@ def _images(config: DoctorConfig, index: ShardIndex, split: str, report: _Report
     if not found:
         size = float(index.size[ids].sum())
         report.ok(
-            f"{len(ids):,} images of data.{split} read and decoded completely, {len(ids) / seconds:,.0f}/s, "
+            f"{len(ids):,} images of data.{split} read and decoded, {len(ids) / seconds:,.0f}/s, "
             f"{size / seconds / 1e6:,.0f} MB/s"
         )
     return bytes_each

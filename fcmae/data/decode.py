@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.data import jpeg
+from fcmae.errors import in_a_line
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 MODES = {1: "L", 3: "RGB"}
@@ -30,6 +31,7 @@ class Picture(ABC):
     height: int
     width: int
     channels: int
+    damage: str | None = None  # what libjpeg-turbo found wrong with a JPEG that Pillow decoded nevertheless
 
     @abstractmethod
     def pixels(self, reduction: int = 1) -> np.ndarray:
@@ -63,8 +65,10 @@ class JpegPicture(Picture):
             least = {"min_height": -(-self.height // reduction), "min_width": -(-self.width // reduction)}
         try:
             return simplejpeg.decode_jpeg(self.data, COLOURSPACES[self.channels], **least)
-        except ValueError:  # of damage that Pillow may know how to pass over, and names better if not
-            return PillowPicture(self.data, self.channels).pixels()
+        except ValueError as error:  # Pillow, and with it torchvision, passes over damage; or names it better
+            pixels = PillowPicture(self.data, self.channels).pixels()
+            self.damage = in_a_line(error)
+            return pixels
 
     def crop_resized(self, box: Box, reduction: int, size: tuple[int, int], flip: bool) -> Tensor | None:
         return jpeg.crop(self.data, box, reduction, size, self.channels, flip)

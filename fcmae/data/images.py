@@ -27,7 +27,10 @@ class Images(ABC):
 
     @abstractmethod
     def read(self, number: int) -> tuple[str, bytes]:
-        """Extension without a dot, and the bytes of the image as a file. Raises OSError."""
+        """Extension without a dot, and the bytes of the image as a file.
+
+        Raises OSError with a number where the system refuses, other errors for this image alone.
+        """
 
     @abstractmethod
     def shown(self, number: int) -> str:
@@ -52,8 +55,13 @@ class FileImages(Images):
 
     def read(self, number: int) -> tuple[str, bytes]:
         path = self.paths[number]
-        with open(f"{self.root}/{path}", "rb", buffering=0) as stream:
-            return os.path.splitext(path)[1][1:].lower(), stream.read()
+        try:
+            with open(f"{self.root}/{path}", "rb", buffering=0) as stream:
+                return os.path.splitext(path)[1][1:].lower(), stream.read()
+        except FileNotFoundError:
+            if os.path.islink(self.root / path):
+                raise ValueError("is a link to nothing") from None
+            raise
 
     def shown(self, number: int) -> str:
         return printable(self.paths[number])

@@ -73,6 +73,7 @@ struct {
     void (*crop)(Decompress*, unsigned*, unsigned*);
     unsigned (*skip)(Decompress*, unsigned);
     unsigned (*read)(Decompress*, unsigned char**, unsigned);
+    int (*finish)(Decompress*);
 } jpeg;
 
 struct Errors : ErrorManager {
@@ -273,7 +274,7 @@ extern "C" void fcmae_jpeg_bind(const char* path, int64_t* status) {
     find(jpeg.destroy, "jpeg_destroy_decompress"), find(jpeg.mem_src, "jpeg_mem_src");
     find(jpeg.read_header, "jpeg_read_header"), find(jpeg.start, "jpeg_start_decompress");
     find(jpeg.crop, "jpeg_crop_scanline"), find(jpeg.skip, "jpeg_skip_scanlines");
-    find(jpeg.read, "jpeg_read_scanlines");
+    find(jpeg.read, "jpeg_read_scanlines"), find(jpeg.finish, "jpeg_finish_decompress");
     if (!all) return;
     for (const auto& interface : INTERFACES) {
         Decompress d;
@@ -315,6 +316,7 @@ extern "C" void fcmae_jpeg_crop(const uint8_t* data, int64_t size, const int64_t
     const Interval y(box[1] / k, std::min<double>(box[3] / k, d.output_height));
     if (x.begin >= x.end || y.begin >= y.end) give_up(&d);
     (channels == 1 ? resize<1> : resize<4>)(d, scratch, x, y, height, width, flip, result);
+    if (d.output_row == d.output_height) jpeg.finish(&d);  // damage often shows where the end should be
     jpeg.destroy(&d);
     *status = 1;
 }

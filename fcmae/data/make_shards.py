@@ -139,14 +139,22 @@ def make(options: argparse.Namespace, console: Console, folders: list[Path]) -> 
             ),
         )
     folders += [options.out / split.name for split in splits]
-    for folder in folders:
-        if (folder / INDEX_NAME).exists():
+    begun = [folder for folder in folders if (folder / JOURNAL).exists()]
+    finished = [folder for folder in folders if (folder / INDEX_NAME).exists()]
+    if begun and finished == folders:  # all that was left to do when it was interrupted
+        for folder in begun:
+            (folder / JOURNAL).unlink()
+        console.print(f"{options.out}: was complete", markup=False)
+        return
+    for folder in finished:
+        if folder not in begun:
             raise DataError(f"{folder}: already holds shards; choose another OUT or remove it first")
     how = PackOptions(options.samples_per_shard, options.shard_bytes, options.verify, options.max_side, options.quality)
-    indices, broken = [], []
+    indices, broken, damaged = [], [], []
     for split, folder in zip(splits, folders, strict=True):
         packed = show(split, folder, _prefix(folder, options.out), how, options.jobs, console)
         left_out = [*split.left_out, *(line for part in packed for line in part.left_out)]
+        wrong = [line for part in packed for line in part.damaged]
         shards = [part.shard for part in packed if part.shard.sizes]
         if not shards:
             (folder / JOURNAL).unlink()
@@ -160,13 +168,17 @@ def make(options: argparse.Namespace, console: Console, folders: list[Path]) -> 
             },
             "synsets": split.listed,
             "left_out": left_out,
+            "damaged": wrong,
         }
         indices.append(index_of(folder, shards, split.classes, provenance))
         broken.append(left_out)
-    for split, index, left_out in zip(splits, indices, broken, strict=True):
+        damaged.append(wrong)
+    for index in indices:
         index.save()
-        (index.folder / JOURNAL).unlink()
-        report(split, index, left_out, console)
+    for folder in folders:
+        (folder / JOURNAL).unlink()
+    for found in zip(splits, indices, broken, damaged, strict=True):
+        report(*found, console)
 
 
 def show(split: Split, folder: Path, prefix: str, how: PackOptions, jobs: int, console: Console) -> list[Packed]:
@@ -192,12 +204,13 @@ def show(split: Split, folder: Path, prefix: str, how: PackOptions, jobs: int, c
         return pack(split, folder, prefix, how, jobs, progress)
 
 
-def report(split: Split, index: ShardIndex, left_out: list[str], console: Console) -> None:
-    """What was written and what was left out, by name."""
-    for line in left_out[:NAMED]:
-        console.print(f"left out: {line}", markup=False)
-    if len(left_out) > NAMED:
-        console.print(f"left out: {len(left_out) - NAMED:,} more, named in {index.folder / INDEX_NAME}", markup=False)
+def report(split: Split, index: ShardIndex, left_out: list[str], damaged: list[str], console: Console) -> None:
+    """What was written, and what was left out or is damaged, by name."""
+    for what, lines in (("left out", left_out), ("damaged", damaged)):
+        for line in lines[:NAMED]:
+            console.print(f"{what}: {line}", markup=False)
+        if len(lines) > NAMED:
+            console.print(f"{what}: {len(lines) - NAMED:,} more, named in {index.folder / INDEX_NAME}", markup=False)
     total = int(index.shard_bytes.sum()) / 1e6
     console.print(f"{index.folder}: {len(index):,} images in {len(index.shards)} shards, {total:,.1f} MB", markup=False)
     if split.classes:
@@ -213,6 +226,8 @@ def report(split: Split, index: ShardIndex, left_out: list[str], console: Consol
     broken = len(left_out) - len(split.left_out)
     if broken:
         console.print(f"  {broken:,} of {len(split.order):,} files could not be used and were left out")
+    if damaged:
+        console.print(f"  {len(damaged):,} are damaged, and decoded as far as Pillow can")
 
 
 if __name__ == "__main__":

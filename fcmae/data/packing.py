@@ -7,16 +7,19 @@ complete has its name and a line in the journal beside it; the index is written 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
 import sys
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -50,25 +53,31 @@ class PackOptions:
 
 @dataclass
 class Packed:
-    """A shard that is done: what it holds, and the images that were left out, by name."""
+    """A shard that is done: what it holds, and by name the images that were left out, and those that are damaged."""
 
     shard: Written
     left_out: list[str]
+    damaged: list[str] = field(default_factory=list)
 
 
-def why_broken(data: bytes) -> str | None:
-    """Why image bytes cannot be decoded, or None if they can."""
+class SourceGoneError(DataError):
+    """An image that the system does not let us read, unlike one that cannot be decoded."""
+
+
+def damage(data: bytes) -> str | None:
+    """What is wrong with an image that can be decoded nevertheless. Raises whatever its decoder does."""
     from fcmae.data.decode import open_picture  # imports torch, which copying does without
 
-    try:
-        open_picture(data, None).pixels(reduction=8)  # all of a JPEG's data, the fewest pixels
-    except Exception as error:
-        return in_a_line(error)
-    return None
+    picture = open_picture(data, None)
+    picture.pixels(reduction=8)  # all of a JPEG's data, the fewest pixels
+    return picture.damage
 
 
-def reencode(extension: str, data: bytes, max_side: int, quality: int) -> tuple[str, bytes]:
-    """An image as JPEG, its longer side brought down to `max_side`; as it is if that is no longer, or an array."""
+def reencode(extension: str, data: bytes, max_side: int, quality: int) -> tuple[str, bytes, str | None]:
+    """An image as JPEG, its longer side brought down to `max_side`; as it is if that is no longer, or an array.
+
+    Extension, bytes and what `damage` says. Raises whatever its decoder does.
+    """
     import simplejpeg
 
     from fcmae.data.augment import crop_resized
@@ -77,12 +86,13 @@ def reencode(extension: str, data: bytes, max_side: int, quality: int) -> tuple[
     picture = open_picture(data, None)
     height, width = picture.height, picture.width
     if isinstance(picture, ArrayPicture) or max(height, width) <= max_side:
-        return extension, data
+        return extension, data, None
     factor = max_side / max(height, width)
     size = max(1, round(height * factor)), max(1, round(width * factor))
     view = crop_resized(picture, (0, 0, width, height), size)
     pixels = np.ascontiguousarray(view.permute(1, 2, 0).numpy())
-    return "jpg", simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
+    packed = simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
+    return "jpg", packed, picture.damage
 
 
 def plan(split: Split, options: PackOptions) -> list[tuple[int, int]]:
@@ -118,7 +128,8 @@ def _shrinkage(split: Split, options: PackOptions) -> float:
 
 def _digest(split: Split, options: PackOptions, shards: list[tuple[int, int]]) -> str:
     """What a plan comes from; another source or other options give another."""
-    digest = hashlib.sha256(json.dumps([asdict(options), shards[:1], len(shards), split.classes]).encode())
+    digest = hashlib.sha256(json.dumps([asdict(options), split.classes]).encode())
+    digest.update(np.array(shards, dtype=np.int64).tobytes())
     for number in (split.order, split.images.labels):
         digest.update(np.ascontiguousarray(number).tobytes())
     for number in split.order[:: max(1, len(split.order) // 1000)].tolist():
@@ -132,26 +143,45 @@ def pack(
     """Write a split's shards into `folder`, those that are not there yet; `progress` is called for each shard.
 
     Raises:
-        DataError: if the folder holds the beginnings of other shards, or if a process is ended from outside.
+        DataError: if the folder holds the beginnings of other shards, another process packs into it, the source can no
+            longer be read, or a process is ended from outside.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = plan(split, options)
     digest = _digest(split, options, shards)
-    done = _read_journal(folder, digest)
-    for packed in done.values():
-        progress(packed)
-    remove_unfinished(folder, prefix)
-    todo = [number for number in range(len(shards)) if number not in done]
-    names = {number: f"{prefix}-{number:06d}.tar" for number in todo}
-    with open(folder / JOURNAL, "a") as journal:
-        if not done and journal.tell() == 0:
-            journal.write(json.dumps({"digest": digest}) + "\n")
-        for number, packed in _run(split, folder, names, shards, options, jobs):
-            journal.write(_line(number, packed) + "\n")
-            journal.flush()
-            done[number] = packed
+    with _alone(folder) as lock:
+        done = _read_journal(folder, digest)
+        for packed in done.values():
             progress(packed)
+        remove_unfinished(folder, prefix)
+        todo = [number for number in range(len(shards)) if number not in done]
+        names = {number: f"{prefix}-{number:06d}.tar" for number in todo}
+        with open(folder / JOURNAL, "a") as journal:
+            if not done and journal.tell() == 0:
+                journal.write(json.dumps({"digest": digest}) + "\n")
+            for number, packed in _run(split, folder, names, shards, options, jobs, lock):
+                journal.write(_line(number, packed) + "\n")
+                journal.flush()
+                done[number] = packed
+                progress(packed)
     return [done[number] for number in range(len(shards))]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """A descriptor that holds a lock on the folder. Raises DataError if another process does."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise DataError(f"{folder}: another process is writing shards here") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield lock
+    finally:
+        os.close(lock)
 
 
 def remove_unfinished(folder: Path, prefix: str) -> None:
@@ -189,7 +219,7 @@ def _line(number: int, packed: Packed) -> str:
     """A shard in the journal."""
     fields = vars(packed.shard) | {"extensions": sorted(packed.shard.extensions)}
     fields |= {name: fields[name].tolist() for name in ("blocks", "sizes", "labels")}
-    return json.dumps({"number": number, "shard": fields, "left_out": packed.left_out})
+    return json.dumps({"number": number, "shard": fields, "left_out": packed.left_out, "damaged": packed.damaged})
 
 
 def _parsed(line: str) -> tuple[int, Packed]:
@@ -197,15 +227,17 @@ def _parsed(line: str) -> tuple[int, Packed]:
     entry = json.loads(line)
     fields = entry["shard"] | {"extensions": set(entry["shard"]["extensions"])}
     fields |= {name: array(code, fields[name]) for name, code in (("blocks", "I"), ("sizes", "I"), ("labels", "i"))}
-    return entry["number"], Packed(Written(**fields), entry["left_out"])
+    return entry["number"], Packed(Written(**fields), entry["left_out"], entry["damaged"])
 
 
 _images: Images  # of the process that packs
 
 
-def _start(images: Images) -> None:
+def _start(images: Images, lock: int | None) -> None:
     global _images
     _images = images
+    if lock is not None:
+        os.close(lock)  # it is to end with the main process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":  # and nobody waits for work from a main process that was killed
@@ -221,6 +253,7 @@ def _run(
     shards: list[tuple[int, int]],
     options: PackOptions,
     jobs: int,
+    lock: int,
 ) -> Iterator[tuple[int, Packed]]:
     """The shards as they get done."""
 
@@ -234,9 +267,10 @@ def _run(
         return
     if options.verify or options.max_side is not None:
         import fcmae.data.augment  # noqa: F401, here once and not in every process
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if "fork" in methods else None)
-    pool = ProcessPoolExecutor(min(jobs, len(names)), context, _start, (split.images,))
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    inherited = lock if method == "fork" else None
+    pool = ProcessPoolExecutor(min(jobs, len(names)), context, _start, (split.images, inherited))
     try:
         waiting = iter(names)
         running = {pool.submit(_pack_here, *job(number)): number for number in islice(waiting, 2 * jobs)}
@@ -263,27 +297,41 @@ def _pack_here(path: Path, start: int, numbers: np.ndarray, options: PackOptions
 
 def _pack_shard(images: Images, path: Path, start: int, numbers: np.ndarray, options: PackOptions) -> Packed:
     left_out: list[str] = []
+    damaged: list[str] = []
 
     def usable() -> Iterator[Sample]:
         for position, number in enumerate(numbers.tolist(), start):
             try:
-                extension, data = images.read(number)
-                if not data:
-                    raise ValueError("the file is empty")
-                kept = data
-                if options.max_side is not None:
-                    extension, data = reencode(extension, data, options.max_side, options.quality)
-                reason = why_broken(data) if options.verify and data is kept else None
+                extension, data, wrong = _prepared(*images.read(number), options)
             except Exception as error:
-                reason = in_a_line(error)
-            if reason is not None:
-                left_out.append(f"{images.shown(number)}: {reason}")
+                if isinstance(error, OSError) and error.errno:  # the system's; Pillow's have no number
+                    raise SourceGoneError(f"{error}; the same command goes on from here") from error
+                left_out.append(f"{images.shown(number)}: {in_a_line(error)}")
                 continue
+            if wrong is not None:
+                damaged.append(f"{images.shown(number)}: {wrong}")
             label = int(images.labels[number])
             # Numbered, so that keys are unique and free of dots whatever the files are called.
             yield f"{position:09d}", extension, data, None if label < 0 else label
 
     try:
-        return Packed(write_shard(path, usable()), left_out)
-    except DataError:  # none of the images can be used
+        return Packed(write_shard(path, usable()), left_out, damaged)
+    except SourceGoneError:
+        raise
+    except DataError:  # none of them can be used
         return Packed(Written(path.name), left_out)
+
+
+def _prepared(extension: str, data: bytes, options: PackOptions) -> tuple[str, bytes, str | None]:
+    """Extension and bytes as they are packed, and what is wrong with the image although it can be decoded.
+
+    Raises whatever its decoder does.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    kept, wrong = data, None
+    if options.max_side is not None:
+        extension, data, wrong = reencode(extension, data, options.max_side, options.quality)
+    if options.verify and data is kept:
+        wrong = damage(data)
+    return extension, data, wrong

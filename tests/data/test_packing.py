@@ -70,8 +70,8 @@ def test_several_processes_write_the_same(photos, expected, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_anywhere_and_continued(photos, expected, tmp_path, number, jobs):
     out = tmp_path / "out"
-    slow = "import time, fcmae.data.packing as p; f = p.why_broken; "
-    slow += "p.why_broken = lambda d: (time.sleep(0.01), f(d))[1]; "
+    slow = "import time, fcmae.data.packing as p; f = p.damage; "
+    slow += "p.damage = lambda d: (time.sleep(0.01), f(d))[1]; "
     slow += "from fcmae.data.make_shards import main; import sys; sys.exit(main())"
     arguments = [str(photos), str(out), "--samples-per-shard", "30", "--jobs", jobs]
     process = subprocess.Popen(
@@ -98,7 +98,7 @@ def test_interrupted_anywhere_and_continued(photos, expected, tmp_path, number, 
 
 def test_processes_end_with_the_main_one(photos, tmp_path):
     out = tmp_path / "out"
-    slow = "import time, fcmae.data.packing as p; p.why_broken = lambda d: time.sleep(0.05); "
+    slow = "import time, fcmae.data.packing as p; p.damage = lambda d: time.sleep(0.05); "
     slow += "from fcmae.data.make_shards import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", slow, str(photos), str(out), "--jobs", "2", "--samples-per-shard", "9"]
@@ -128,7 +128,7 @@ def test_a_process_ended_from_outside_is_one_line(photos, expected, tmp_path, ca
     out = tmp_path / "out"
     arguments = [str(photos), str(out), "--samples-per-shard", "30", "--jobs", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "why_broken", lambda data: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(packing, "damage", lambda data: os.kill(os.getpid(), signal.SIGKILL))
         assert main(arguments) == 2
     assert "a process that packs was ended from outside" in capsys.readouterr().err
     assert main(arguments) == 0
@@ -224,15 +224,15 @@ def test_reencoded_images_agree_with_pillows():
     for format, options in (("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True})):
         buffer = io.BytesIO()
         image.save(buffer, format, **options)
-        extension, data = reencode(format.lower(), buffer.getvalue(), 256, 90)
+        extension, data, _ = reencode(format.lower(), buffer.getvalue(), 256, 90)
         small = Image.open(io.BytesIO(data))
         assert (extension, small.format, small.size) == ("jpg", "JPEG", (256, 192))
         wanted = np.asarray(image.resize((256, 192), Image.Resampling.BICUBIC)).astype(int)
         assert np.abs(np.asarray(small).astype(int) - wanted).mean() < 2
-        assert reencode("x", buffer.getvalue(), 640, 90) == ("x", buffer.getvalue())
+        assert reencode("x", buffer.getvalue(), 640, 90) == ("x", buffer.getvalue(), None)
     array = io.BytesIO()
     np.save(array, np.zeros((300, 300, 5), np.uint16))
-    assert reencode("npy", array.getvalue(), 64, 90) == ("npy", array.getvalue())
+    assert reencode("npy", array.getvalue(), 64, 90) == ("npy", array.getvalue(), None)
     with pytest.raises(OSError, match="truncated"):
         reencode("png", _png(image)[:-500], 64, 90)
 
