@@ -132,7 +132,7 @@ def _cache(config: DoctorConfig, index: ShardIndex, key: str, report: _Report) -
     folder = config.data.storage.cache_dir
     wanted = min(config.data.storage.cache_bytes, int(index.shard_bytes.sum()))
     try:
-        config.data.check_shards(key, str(config.data.split(key.removeprefix("data."))))
+        config.data.check_shards(key.removeprefix("data."), config.optim.batch_size)
     except ConfigError as error:
         report.fail(str(error))
     try:
@@ -265,16 +265,22 @@ def _speed(config: DoctorConfig, index: ShardIndex, report: _Report) -> None:
 
 
 def _timed(batches: Iterator[dict], waiting: int, seconds: float) -> tuple[float, int, float]:
-    """Seconds to the first batch, then images that came and the seconds they took.
+    """Seconds to the first batch, then images that came and the seconds they took, of about `seconds`.
 
-    Without the first `waiting`, which were made meanwhile, where there are more.
+    Without the first `waiting`, which were made meanwhile, where there are more; if those take too long, the second
+    half of what came.
     """
+    begin = 0
     start = time.perf_counter()
     arrived: list[tuple[float, int]] = []  # when, and with how many images
     for batch in batches:
         arrived.append((time.perf_counter(), len(batch["image"])))
-        if len(arrived) > waiting + 1 and arrived[-1][0] - arrived[waiting][0] > seconds:
+        if len(arrived) > waiting + 1:
+            begin = waiting
+            if arrived[-1][0] - arrived[waiting][0] > seconds:
+                break
+        elif len(arrived) > 2 and arrived[-1][0] - arrived[0][0] > 2 * seconds:
+            begin = (len(arrived) - 1) // 2
             break
-    begin = waiting if len(arrived) > waiting + 1 else 0
     count = sum(images for _, images in arrived[begin + 1 :])
     return arrived[0][0] - start, count, max(arrived[-1][0] - arrived[begin][0], 1e-9)

@@ -5,6 +5,7 @@ B images, C channels, H W pixels, L patches, P patch side.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,8 @@ def write_reconstructions(
     """
     ids = np.linspace(0, len(reader.index) - 1, min(count, len(reader.index))).round().astype(np.int64)
     samples = Samples(reader, CentreView(model.image_size), model.in_chans, seed, model.num_patches, model.num_visible)
-    batch = samples.batch(0, ids, [] if skip else None)
+    others = partial(_another, len(reader.index))
+    batch = samples.batch(0, ids, [] if skip else None, others)
     device = model.mask_token.device
     images = normalise(batch["image"].to(device), mean, std)
     masked, reconstruction = reconstruct(model, images, batch["visible"].to(device))
@@ -79,6 +81,11 @@ def write_reconstructions(
         denormalise(x, mean, std).cpu() for x in (images, masked.nan_to_num(), reconstruction)
     )
     save_rows([original, masked.masked_fill(hidden.cpu(), round(GREY * 255)), reconstruction], path)
+
+
+def _another(count: int, epoch: int, sample: int, attempt: int) -> int:
+    """Who is shown instead of a sample that cannot be: the next in the index."""
+    return (sample + attempt + 1) % count
 
 
 def save_rows(columns: list[Tensor], path: Path, groups: int = 2) -> None:

@@ -16,6 +16,7 @@ from fcmae.data.augment import TrainView
 from fcmae.data.loader import FIXED_DATA, Batch, Samples, normalise, train_batches
 from fcmae.data.reader import ShardReader
 from fcmae.data.splits import open_faults, open_split, plan_batches
+from fcmae.errors import DataError
 from fcmae.model import FCMAE, create_model
 from fcmae.pictures import write_reconstructions
 from fcmae.runtime.distributed import Ranks, ranks
@@ -126,19 +127,23 @@ class _Pretraining:
         if self.me.main and every and step % every == 0 and step < self.stop_at:
             self.draw(step)
 
-    def draw(self, step: int) -> Path:
-        """Write the reconstructions after `step`."""
+    def draw(self, step: int) -> Path | None:
+        """Write the reconstructions after `step`; None if an image for them cannot be used, which ends no run."""
         path = self.folder.path / "reconstructions" / f"step-{step:08d}.png"
         config = self.config
-        write_reconstructions(
-            self.model,
-            self.shown,
-            path,
-            mean=self.mean,
-            std=self.std,
-            seed=config.run.seed,
-            skip=config.data.on_error == "skip",
-        )
+        try:
+            write_reconstructions(
+                self.model,
+                self.shown,
+                path,
+                mean=self.mean,
+                std=self.std,
+                seed=config.run.seed,
+                skip=config.data.on_error == "skip",
+            )
+        except DataError as error:
+            self.display.say(f"no reconstructions after step {step:,}: {error}")
+            return None
         self.tracker.picture("reconstructions", path, step)
         return path
 
@@ -174,7 +179,8 @@ class _Pretraining:
         ended = "This run is complete" if complete else "Done"
         say(f"\n{ended}: step {result.step:,} of {self.total:,}" + (f", loss {loss:.3f}" if loss is not None else ""))
         say(f"  encoder          {weights}")
-        say(f"  reconstructions  {picture}")
+        if picture is not None:
+            say(f"  reconstructions  {picture}")
         if int(self.index.label.min()) >= 0:
             say(f"  fine-tune with   {finetune_command(self.config)}")
         if complete:

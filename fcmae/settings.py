@@ -19,7 +19,7 @@ from fcmae.errors import ConfigError, DataError
 
 DEMO = "demo"
 READS = ("auto", "ahead", "cache")
-BLOCKS_CACHED = 3  # being read by the slowest process, by the fastest, and fetched ahead
+BLOCKS_CACHED = 2  # fetched ahead, and begun; besides those over which the batches in work are spread
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -90,13 +90,13 @@ class DataConfig:
         # No more than a block's: what is open cannot leave the cache.
         return Storage(self.read, folder, int(self.cache_gb * 1e9), min(64, self.block_shards), self.allow_pipe)
 
-    def validate(self, in_chans: int) -> None:
+    def validate(self, in_chans: int, batch_size: int) -> None:
         """Raise ConfigError at the first setting that cannot be, or shard that is not what its index says."""
         self.validate_settings(in_chans)
         for split in ("train", "val"):
             extensions = None
             if self.split(split) not in (None, DEMO):
-                extensions = self.check_shards(f"data.{split}", str(self.split(split)))
+                extensions = self.check_shards(split, batch_size)
             require(
                 in_chans in (1, 3) or self.split(split) is None or extensions == [".npy"],
                 "model.in_chans",
@@ -137,13 +137,14 @@ class DataConfig:
             require(min(self.std) > 0, "data.std", self.std, "must be positive")
         require(self.train is not None, "data.train", "null", "must name a folder of shards, its index file, or demo")
 
-    def check_shards(self, key: str, path: str) -> list[str]:
-        """Raise unless `path` holds an index and every shard it lists, in full size; returns the images' extensions.
+    def check_shards(self, split: str, batch_size: int) -> list[str]:
+        """Raise unless a split's index and every shard it lists are there, in full size; returns the extensions.
 
-        Of shards elsewhere only the index is read; `python -m fcmae.doctor` looks at them.
+        Of shards elsewhere only the index is read, and the cache compared; `python -m fcmae.doctor` looks at them.
         """
         from fcmae.data.index import read_index  # numpy only, and not needed for the demo data
 
+        key, path = f"data.{split}", str(self.split(split))
         try:
             index = read_index(path, self.storage)
             index.check_files()
@@ -151,14 +152,16 @@ class DataConfig:
             raise ConfigError(key, path, str(error)) from error
         if self.read == "cache" or is_remote(path) or any(map(is_remote, index.shards)):
             sizes = index.shard_bytes
-            room = min(int(sizes.sum()), BLOCKS_CACHED * self.block_shards * int(sizes.max()))
-            least = math.ceil(room / 1e6) / 1e3  # to be named in a few digits, and enough
+            images = max(1, self.block_shards * len(index) // max(1, len(sizes)))  # of a block
+            in_work = max(1, self.workers) * batch_size if split == "train" else 1
+            blocks = BLOCKS_CACHED + math.ceil(in_work / images)
+            least = math.ceil(min(int(sizes.sum()), blocks * self.block_shards * int(sizes.max())) / 1e6) / 1e3
             require(
-                self.cache_gb >= least,
+                self.cache_gb >= least,  # in a few digits, and enough
                 "data.cache_gb",
                 self.cache_gb,
-                f"must be at least {least:g}, {BLOCKS_CACHED} × data.block_shards={self.block_shards} of the shards "
-                f"of {key}={path}",
+                f"must be at least {least:g}, {blocks} × data.block_shards={self.block_shards} of the shards of "
+                f"{key}={path}, over which batches of {self.workers} workers and what is fetched ahead are spread",
             )
         return index.extensions
 
@@ -176,10 +179,12 @@ class DataConfig:
         return value
 
     def _val_beside_url(self, train: str) -> str | None:
-        folder = train.rstrip("/").removesuffix("/index.safetensors").rsplit("/", 1)[0]
+        parent = train.rstrip("/").removesuffix("/index.safetensors").rsplit("/", 1)[0]
         try:
             self.storage.check(train)
-            return f"{folder}/val" if exists(f"{folder}/val/index.safetensors") else None
+            if not re.match(r"\w+://[^/]", parent):  # beside a bucket or a host there are those of others
+                return None
+            return f"{parent}/val" if exists(f"{parent}/val/index.safetensors") else None
         except DataError as error:
             raise ConfigError("data.val", "auto", str(error)) from error
 
@@ -337,7 +342,7 @@ class PretrainConfig:
         self.run.validate()
         self.tracking.validate()
         self.optim.validate(launched_ranks())
-        self.data.validate(self.model.in_chans)
+        self.data.validate(self.model.in_chans, self.optim.batch_size)
         require(
             not self.run.compile or self.model.layout != "minkowski",
             "run.compile",

@@ -52,7 +52,7 @@ class VisualizeConfig:
         self.source = split
         if self.shards is not None:
             self.source = DataConfig(train=self.shards, val=None, mean=split.mean, std=split.std)
-        self.source.validate(self.model.in_chans)
+        self.source.validate(self.model.in_chans, batch_size=1)
 
     # What validation finds out for the rest; not settings.
     def __post_init__(self) -> None:

@@ -161,7 +161,7 @@ class FinetuneConfig:
             self.augment.rand_augment,
             f"must be null with model.in_chans={channels}: its operations are made for grey or RGB",
         )
-        self.data.validate(channels)
+        self.data.validate(channels, self.optim.batch_size)
         self._check_labels()
         check_batch_fits(self.optim.batch_size, self.data)
 
@@ -176,6 +176,10 @@ class FinetuneConfig:
             self.data.train = data.get("train")
             if self.data.val == "auto":
                 self.data.val = data.get("val", "auto")
+            standard = DataConfig()
+            for name in ("read", "cache_dir", "cache_gb"):  # how it is read there; not what it may run
+                if getattr(self.data, name) == getattr(standard, name):
+                    setattr(self.data, name, data.get(name, getattr(standard, name)))
         for name in ("mean", "std"):
             if getattr(self.data, name) is None:
                 setattr(self.data, name, data.get(name))

@@ -155,7 +155,7 @@ def one_core(shards: dict[str, Path], files: list[bytes], size: int, repeats: in
 
         def run() -> int:
             for number in range(len(files)):
-                samples.usable(0, number, None)
+                samples.usable(0, number)
             return len(files)
 
         return run

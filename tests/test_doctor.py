@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_module, tiny_run
 
 from fcmae import checkup
@@ -155,6 +157,20 @@ def test_too_little_shared_memory_and_too_large_a_batch(train, capsys, monkeypat
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert "of shared memory on one rank, 0 MB are free in /dev/shm; use fewer data.workers" in lines[0]
     assert lines[1] == "FAIL  optim.batch_size=100: must be at most the 72 images there are"
+
+
+def test_slow_loading_is_not_waited_for():
+    def batches():
+        while True:
+            time.sleep(0.05)
+            yield {"image": torch.zeros(4, 1)}
+
+    before = time.perf_counter()
+    first, count, seconds = checkup._timed(batches(), waiting=1000, seconds=0.4)
+    assert time.perf_counter() - before < 3
+    assert first >= 0.05
+    assert 0 < count / seconds < 4 / 0.05
+    assert checkup._timed(iter([{"image": torch.zeros(4, 1)}]), 3, 1.0)[1] == 0
 
 
 def test_shards_elsewhere(shards, train, tmp_path, capsys):

@@ -268,6 +268,22 @@ def test_bad_samples_are_left_out_and_counted(tmp_path):
     assert sum(record["bad_samples"] for record in records(tmp_path / "tuned")) == 1
 
 
+def test_an_image_that_cannot_be_shown_ends_no_run(shards, tmp_path):
+    from fcmae.data.index import read_index
+
+    index = read_index(make_split(tmp_path / "val", 20))
+    with open(index.source(0), "r+b") as shard:
+        shard.seek(index.offset(0))
+        shard.write(b"\0" * int(index.size[0]))
+    options = ["run.picture_every=2", "run.max_steps=3", "run.dir=run", f"data.val={tmp_path / 'val'}"]
+    done = run_module("fcmae.pretrain", *tiny_run(shards, *options), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for step in (2, 3):
+        assert f"no reconstructions after step {step}: {index.source(0)}: 000000.png cannot be decoded" in done.stdout
+    assert "Done: step 3" in done.stdout
+    assert (tmp_path / "run" / "encoder.safetensors").is_file()
+
+
 def test_a_killed_worker_ends_the_run_with_a_message(shards, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "fcmae.pretrain", *tiny_run(shards), "data.workers=1", "optim.epochs=2000"],

@@ -2,7 +2,7 @@
 
 One file, `index.safetensors`: arrays over shards (`shard_samples`, `shard_bytes`) and over all N samples in shard order
 (`block` and `size` of the image's bytes in its tar, `label`, -1 where there is none), and a JSON header with the shard
-names, class names, key of every setting that made it. Twelve bytes a sample: 15 MB for ImageNet-1k, 170 MB for 21k.
+names, class names and what they were made from. Twelve bytes a sample: 15 MB for ImageNet-1k, 170 MB for 21k.
 Free of torch.
 """
 
@@ -146,13 +146,18 @@ def read_index(path: str | Path, storage: Storage | None = None) -> ShardIndex:
     else:
         path = Path(path).expanduser()
         file = path if path.suffix == ".safetensors" else path / INDEX_NAME
-        if not path.exists():
-            raise DataError("no such file or folder; it must be a folder written by scripts/make_shards.py")
-        if not file.is_file():
-            raise DataError(f"holds no {INDEX_NAME}; write one with scripts/make_shards.py")
-        known = str(file.stat().st_mtime_ns)
+        try:
+            if not path.exists():
+                raise DataError("no such file or folder; it must be a folder written by scripts/make_shards.py")
+            if not file.is_file():
+                raise DataError(f"holds no {INDEX_NAME}; write one with scripts/make_shards.py")
+            known = str(file.stat().st_mtime_ns)
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}") from error
     try:
         index = _read(file, base)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
     except DataError as error:
         if not base:
             raise
@@ -180,6 +185,8 @@ def _brought(location: str, known: str, storage: Storage) -> Path:
 
 
 def _read(file: Path, base: str) -> ShardIndex:
+    with open(file, "rb"):  # of which safetensors would say that it is not there
+        pass
     try:
         with safe_open(file, framework="numpy") as handle:
             header = handle.metadata() or {}

@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -181,10 +182,13 @@ def index_shards(
     out.mkdir(parents=True, exist_ok=True)
     read = partial(read_shard, wanted=wanted)
     shown = console or Console(soft_wrap=True)
-    with ProcessPoolExecutor(jobs, initializer=_ignore_interrupts) as pool:
-        found = pool.map(read, shards) if jobs > 1 and len(shards) > 1 else map(read, shards)
-        bar = track(found, "shards", len(shards), console=shown, disable=not shown.is_terminal, transient=True)
-        written = list(bar)
+    try:
+        with ProcessPoolExecutor(jobs, initializer=_ignore_interrupts) as pool:
+            found = pool.map(read, shards) if jobs > 1 and len(shards) > 1 else map(read, shards)
+            bar = track(found, "shards", len(shards), console=shown, disable=not shown.is_terminal, transient=True)
+            written = list(bar)
+    except BrokenProcessPool:
+        raise DataError("a process that reads was ended from outside (out of memory?); try fewer --jobs") from None
     for entry in written:
         if not is_remote(entry.name) and os.path.dirname(entry.name) == os.path.abspath(out):
             entry.name = Path(entry.name).name

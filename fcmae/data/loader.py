@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fcmae.data import jpeg
 from fcmae.data.augment import draw_visible_ids
+from fcmae.data.cache import CacheFullError
 from fcmae.data.decode import UNITS, Picture, open_picture
 from fcmae.data.faults import Faults
 from fcmae.data.index import ShardIndex
-from fcmae.data.order import BatchPlan, SampleGenerators, replacement
+from fcmae.data.order import BatchPlan, SampleGenerators
 from fcmae.data.reader import ShardReader
 from fcmae.errors import DataError, in_a_line
 
@@ -35,6 +36,7 @@ FIXED_DATA = ("data.crop_scale", "data.hflip", "data.block_shards", "data.mean",
 View = Callable[[Picture, np.random.Generator], Tensor]
 Batch = dict[str, Tensor]
 Bad = list[tuple[int, str]]  # samples that could not be used, and why
+StandIn = Callable[[int, int, int], "int | None"]  # epoch, sample, attempt -> who takes its place; None: nobody
 NONE = np.empty(0, dtype=np.int64)
 ATTEMPTS = 10  # samples tried for one place
 SHARDS_AHEAD = 2  # fetched before an evaluation needs them
@@ -50,13 +52,17 @@ class Plan(Protocol):
     def shards(self, number: int) -> list[int]:
         """The shards that batch `number` and those after it need, soonest first."""
 
+    def stand_in(self, epoch: int, sample: int, attempt: int) -> int | None:
+        """Who takes the place of a sample that cannot be used; None if it is left out."""
+
+
+def nobody(epoch: int, sample: int, attempt: int) -> None:
+    """For batches from which samples that cannot be used are left out."""
+
 
 @dataclass
 class Samples:
-    """What becomes of a sample: decoded to `channels`, cut to a view, with `visible` patches of `num_patches` drawn.
-
-    `replace`: whether another sample takes the place of one that cannot be used.
-    """
+    """What becomes of a sample: decoded to `channels`, cut to a view, with `visible` patches of `num_patches` drawn."""
 
     reader: ShardReader
     view: View
@@ -64,20 +70,19 @@ class Samples:
     seed: int = 0
     num_patches: int = 0
     visible: int = 0
-    replace: bool = True
 
     def __post_init__(self) -> None:
         self._generators = SampleGenerators(self.seed)
 
-    def batch(self, epoch: int, ids: np.ndarray, bad: Bad | None = None) -> Batch:
+    def batch(self, epoch: int, ids: np.ndarray, bad: Bad | None = None, stand_in: StandIn = nobody) -> Batch:
         """image (B, C, H, W), uint8 but for arrays; label (B,) and index (B,) int64; if wanted, visible (B, V) int64.
 
-        Unusable samples are added to `bad` and replaced, or left out where `replace` is not set; without `bad`, the
-        first raises DataError.
+        Unusable samples are added to `bad` and replaced, or left out where nobody stands in; without `bad`, the first
+        raises DataError.
         """
         images, visible, used = [], [], []
         for sample in ids.tolist():
-            found = self.usable(epoch, sample, bad)
+            found = self.usable(epoch, sample, bad, stand_in)
             if found is None:
                 continue
             number, image, patches = found
@@ -97,7 +102,9 @@ class Samples:
             batch["visible"] = torch.from_numpy(np.stack(visible))
         return batch
 
-    def usable(self, epoch: int, sample: int, bad: Bad | None) -> tuple[int, Tensor, np.ndarray] | None:
+    def usable(
+        self, epoch: int, sample: int, bad: Bad | None = None, stand_in: StandIn = nobody
+    ) -> tuple[int, Tensor, np.ndarray] | None:
         """The sample, or the one that stands in for it, its view and its visible patches."""
         number = sample
         for attempt in range(ATTEMPTS):
@@ -105,13 +112,16 @@ class Samples:
             patches = draw_visible_ids(rng, self.num_patches, self.visible) if self.visible else NONE
             try:
                 return number, self.image(number, rng), patches
+            except CacheFullError:  # of no fault of the sample
+                raise
             except DataError as error:
                 if bad is None:
                     raise
                 bad.append((number, str(error)))
-                if not self.replace:
-                    return None
-            number = replacement(self.seed, epoch, sample, attempt, len(self.reader.index))
+            other = stand_in(epoch, sample, attempt)
+            if other is None:
+                return None
+            number = other
         raise DataError(f"{ATTEMPTS} samples in a row could not be used, the last: {bad[-1][1] if bad else ''}")
 
     def image(self, sample: int, rng: np.random.Generator) -> Tensor:
@@ -150,7 +160,8 @@ class _Batches(Dataset):
         epoch, ids = self.plan.samples(number)
         bad: Bad = []
         try:
-            return _Loaded(self.samples.batch(epoch, ids, bad if self.skip else None), len(ids), bad)
+            batch = self.samples.batch(epoch, ids, bad if self.skip else None, self.plan.stand_in)
+            return _Loaded(batch, len(ids), bad)
         except DataError as error:
             return _Loaded({}, len(ids), bad, error)
 
@@ -179,7 +190,6 @@ def chosen_batches(
     samples: Samples, ids: np.ndarray, batch_size: int, workers: int, faults: Faults | None = None
 ) -> Generator[Batch, None, None]:
     """Samples `ids` in this order; those that cannot be used as for `evaluation_batches`."""
-    samples = replace(samples, replace=False)
     plan = _Chunks(samples.reader.index, ids, batch_size)
     numbers = range(-(-len(ids) // batch_size))
     return _load(_Batches(samples, plan, faults is not None), numbers, workers, faults)
@@ -197,6 +207,8 @@ class _Chunks:
     def shards(self, number: int) -> list[int]:
         first, last = (self.index.shard_of(int(self.samples(number)[1][end])) for end in (0, -1))
         return list(range(first, min(last + 1 + SHARDS_AHEAD, len(self.index.shards))))
+
+    stand_in = staticmethod(nobody)
 
 
 def _place() -> tuple[int, int]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 # Streams keep the draws of one seed apart: what one place draws never shifts another's.
 SHARDS, BLOCK, SAMPLE, REPLACEMENT = 0, 1, 2, 3
+ATTEMPTS_NEAR = 5  # to find a replacement among the shards that are open
 
 
 class SampleGenerators:
@@ -38,7 +40,7 @@ class SampleGenerators:
 
 
 def replacement(seed: int, epoch: int, sample: int, attempt: int, count: int) -> int:
-    """Which of `count` samples stands in for one that cannot be used; every process finds the same."""
+    """Which of `count` others stands in for a sample that cannot be used; every process finds the same."""
     return int(np.random.default_rng((seed, REPLACEMENT, epoch, sample, attempt)).integers(count))
 
 
@@ -50,6 +52,8 @@ class EpochOrder:
         shards = np.random.default_rng((seed, SHARDS, epoch)).permutation(len(shard_samples))
         first = np.concatenate([[0], np.cumsum(shard_samples)])[:-1]
         self._blocks = [shards[i : i + block_shards] for i in range(0, len(shards), block_shards)]
+        self._place = np.argsort(shards)  # of each shard in the epoch
+        self._block_shards = block_shards
         self._samples = shard_samples
         self._first = first
         sizes = [int(shard_samples[block].sum()) for block in self._blocks]
@@ -74,6 +78,18 @@ class EpochOrder:
         number = int(np.searchsorted(self._start, position, side="right")) - 1
         following = self._blocks[number + 1].tolist() if number + 1 < len(self._blocks) else []
         return self._blocks[number].tolist(), following
+
+    def stand_in(self, sample: int, attempt: int) -> int:
+        """The sample that takes the place of one that cannot be used, at the given attempt (from 0).
+
+        First of its own block, whose shards are open and here; after a few attempts of the whole data set.
+        """
+        draw = partial(replacement, self.seed, self.epoch, sample, attempt)
+        if attempt >= ATTEMPTS_NEAR:
+            return draw(len(self))
+        shard = int(np.searchsorted(self._first, sample, side="right")) - 1
+        block = self._block(int(self._place[shard]) // self._block_shards)
+        return int(block[draw(len(block))])
 
     def samples(self, start: int, stop: int) -> np.ndarray:
         """Global sample ids at positions [start, stop) of the epoch: (stop - start,) int64."""
@@ -117,6 +133,10 @@ class BatchPlan:
         """Epoch and global sample ids of this rank's micro-batch `number`."""
         order, start = self._place(number)
         return order.epoch, order.samples(start, start + self.micro_batch)
+
+    def stand_in(self, epoch: int, sample: int, attempt: int) -> int:
+        """The sample that takes the place of one that cannot be used; the same for every rank."""
+        return self._epoch(epoch).stand_in(sample, attempt)
 
     def shards(self, number: int) -> list[int]:
         """The shards of the block that this rank's micro-batch `number` begins in, then those of the next block."""

@@ -116,6 +116,8 @@ class ShardReader:
             os.close(self._files.popitem(last=False)[1])
         try:
             self._files[shard] = self._opened(shard)
+        except CacheFullError:  # which the next moment may change
+            raise
         except DataError as error:
             self._failed[shard] = time.monotonic(), str(error)
             raise
@@ -169,6 +171,7 @@ class _Ahead:
     def __init__(self, cache: ShardCache) -> None:
         self.cache = cache
         self.jobs: deque[Shard | str] | None = deque()
+        self.read: set[str] = set()  # paths that have been wanted ever since they were read
         self.keep: frozenset[str] = frozenset()
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="shards ahead", daemon=True)
@@ -177,7 +180,8 @@ class _Ahead:
     def want(self, jobs: list[Shard | str] | None) -> None:
         """Work on these instead of what is left of others; None ends the thread."""
         with self.changed:
-            self.jobs = None if jobs is None else deque(jobs)
+            self.read.intersection_update(job for job in jobs or () if isinstance(job, str))
+            self.jobs = None if jobs is None else deque(job for job in jobs if job not in self.read)
             self.keep = frozenset(job.file for job in jobs or () if isinstance(job, Shard))
             self.changed.notify()
 
@@ -189,6 +193,8 @@ class _Ahead:
                 if self.jobs is None:
                     return
                 job, keep = self.jobs.popleft(), self.keep
+                if isinstance(job, str):
+                    self.read.add(job)
             try:
                 if isinstance(job, Shard):
                     self.cache.fetch(job, keep)

@@ -19,7 +19,7 @@ from rich.progress import track
 from fcmae.data.decode import UNITS, open_picture
 from fcmae.data.index import read_index
 from fcmae.data.reader import ShardReader
-from fcmae.errors import DataError, UserError
+from fcmae.errors import DataError, UserError, in_a_line
 
 
 def moments(reader: ShardReader, samples: np.ndarray, channels: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ def moments(reader: ShardReader, samples: np.ndarray, channels: int | None) -> t
         except DataError:
             raise
         except Exception as error:  # of a dozen types, whatever the decoder raises
-            raise DataError(f"{reader.where(sample)} cannot be decoded: {error}") from error
+            raise DataError(f"{reader.where(sample)} cannot be decoded: {in_a_line(error)}") from error
         values = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64) / UNITS.get(pixels.dtype.name, 1)
         if first.size == 0:
             first, second = np.zeros(values.shape[1]), np.zeros(values.shape[1])

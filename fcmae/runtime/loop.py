@@ -110,7 +110,13 @@ def fit(
         _record(window, step, task, ranks, tracker, display, folder)
         window = _Window()
 
+    saved = start
+
     def save() -> None:
+        nonlocal saved
+        if step == saved:  # to write it again would first remove it
+            return
+        saved = step
         checkpoint.save(folder, step, task.model, task.optimizer, task.ema, ranks, run.keep_checkpoints)
 
     try:
@@ -123,8 +129,7 @@ def fit(
                 task.optimizer.zero_grad(set_to_none=True)
                 if window.losses:
                     flush(step)
-                if step > start:
-                    save()
+                save()
                 break
             step += 1
             task.schedule.step_update(step)

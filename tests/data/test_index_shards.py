@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 import tarfile
 
 import numpy as np
@@ -14,6 +16,7 @@ import webdataset
 from conftest import png, run_module, tiny_run
 from servers import flaky_server
 
+from fcmae.data import index_shards
 from fcmae.data.augment import CentreView
 from fcmae.data.index import read_index
 from fcmae.data.index_shards import main
@@ -228,6 +231,12 @@ def test_images_without_their_bytes_are_not_passed_over(tmp_path, capsys, kind):
             archive.addfile(member, io.BytesIO(PNG))
     assert main([str(tmp_path / "s")]) == 2
     assert "b.png is a link or a sparse file; pack it with tar --dereference" in capsys.readouterr().err
+
+
+def test_a_process_ended_from_outside_is_one_line(foreign, capsys, monkeypatch):
+    monkeypatch.setattr(index_shards, "_scanned", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert main([str(foreign), "--jobs", "2"]) == 2
+    assert capsys.readouterr().err.startswith("error: a process that reads was ended from outside")
 
 
 def test_capital_extensions_and_links(tmp_path, capsys):

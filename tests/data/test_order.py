@@ -63,6 +63,20 @@ def test_steps_of_an_epoch_do_not_repeat_samples():
         assert len(set(ids.tolist())) == len(ids) == 64
 
 
+def test_replacements_come_from_the_block_first():
+    plan = BatchPlan(np.array([5, 0, 7, 4, 6, 3]), 5, seed=2, block_shards=2)
+    shards = np.repeat(np.arange(6), plan.shard_samples)
+    other = BatchPlan(plan.shard_samples, 5, rank=0, ranks=5, seed=2, block_shards=2)
+    for epoch in (0, 1, 7):
+        order = EpochOrder(plan.shard_samples, 2, epoch, 2)
+        for position, sample in enumerate(order.samples(0, 25).tolist()):
+            drawn = [plan.stand_in(epoch, sample, attempt) for attempt in range(10)]
+            assert drawn == [other.stand_in(epoch, sample, attempt) for attempt in range(10)]
+            assert {int(shards[number]) for number in drawn[:5]} <= set(order.blocks_from(position)[0])
+        far = {plan.stand_in(epoch, 0, attempt) for attempt in range(5, 300)}
+        assert far == set(range(25))
+
+
 def test_a_jump_costs_no_replay():
     plan = BatchPlan(np.full(1282, 1000), 4096, seed=0)
     epoch, ids = plan.samples(250_000)
@@ -92,7 +106,7 @@ def test_an_epoch_of_1024_ranks_has_no_repeats_and_no_gaps():
     alone = BatchPlan(counts, 4096, seed=1)
     order = EpochOrder(counts, 1, 1, 16)
     for plan in plans:  # one order in memory instead of one per rank, as on as many machines
-        plan._order = order
+        plan._orders[1] = order
     seen = np.zeros(counts.sum(), dtype=np.int8)
     for step in range(alone.steps_per_epoch, 2 * alone.steps_per_epoch):
         ids = np.concatenate([plan.samples(step)[1] for plan in plans])

@@ -123,6 +123,15 @@ def test_evaluation_fetches_the_next_shards(shards, tmp_path):
         index = read_index(f"{server.url}/val", where)
         samples = Samples(ShardReader(index, where), CentreView((16, 16)), 3)
         batches = list(evaluation_batches(samples, 6, 0, 1, 2))
+        server.served.clear()
+        samples = Samples(ShardReader(index, Storage(cache_dir=tmp_path / "other")), CentreView((16, 16)), 3)
+        loading = evaluation_batches(samples, 6, 0, 1, 0)
+        assert next(loading)["index"].tolist() == list(range(6))  # of the first shard
+        deadline = time.monotonic() + 20
+        while not server.served["/val/shard-000001.tar"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        loading.close()
     assert sorted(torch.cat([batch["index"] for batch in batches]).tolist()) == list(range(20))
     local = Samples(ShardReader(read_index(shards / "val")), CentreView((16, 16)), 3)
     same(batches, list(evaluation_batches(local, 6, 0, 1, 0)))
@@ -233,6 +242,19 @@ def test_processes_share_the_reading_ahead(shards, monkeypatch):
         assert not thread.is_alive()  # threads end with their readers
 
 
+def test_reading_ahead_reads_a_shard_once(tmp_path, monkeypatch):
+    index = read_index(make_split(tmp_path / "train", 240, per_shard=12))
+    read = []
+    monkeypatch.setattr(reader_module, "_read_through", read.append)
+    reader, plan = ShardReader(index, Storage("ahead")), BatchPlan(index.shard_samples, 12, block_shards=2)
+    for number in range(plan.steps_per_epoch - 2):
+        reader.expect(plan.shards(number))
+        while reader._ahead.jobs:
+            time.sleep(0.001)
+    del reader
+    assert sorted(read) == [index.source(shard) for shard in range(20)]
+
+
 def test_who_needs_room_waits_until_others_have_read(shards, tmp_path, monkeypatch):
     index = read_index(shards / "train")
     where = Storage("cache", tmp_path / "cache", 2 * int(index.shard_bytes.max()))
@@ -242,8 +264,10 @@ def test_who_needs_room_waits_until_others_have_read(shards, tmp_path, monkeypat
     monkeypatch.setattr(reader_module, "PATIENCE", 0.1)
     with pytest.raises(DataError, match="is full of shards that are being read"):
         second.read(index.first_sample(2))
+    samples = Samples(second, CentreView((16, 16)), 3)
+    with pytest.raises(DataError, match="is full of shards"):  # which is no fault of the sample
+        samples.batch(0, np.array([index.first_sample(2)]), [], lambda epoch, sample, attempt: 0)
     monkeypatch.setattr(reader_module, "PATIENCE", 60)
-    second = ShardReader(index, where)  # which has not failed
     got = []
     thread = threading.Thread(target=lambda: got.append(second.read(index.first_sample(2))))
     thread.start()

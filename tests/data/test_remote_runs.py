@@ -64,6 +64,7 @@ def test_a_run_that_waits_for_a_silent_server_can_be_stopped(tmp_path, workers):
     with flaky_server(tmp_path) as server:
         options = [f"data.train={server.url}/train", f"data.cache_dir={tmp_path / 'cache'}"]
         options += [f"data.workers={workers}", "data.block_shards=1", "data.val=null", "run.dir=run", "optim.epochs=50"]
+        options += ["run.checkpoint_every=1"]
         command = [sys.executable, "-m", "fcmae.pretrain", *tiny_run(tmp_path, *options)]
         allowed = 4
         server.failure = lambda path: "silence" if ".tar" in path and server.served.total() > allowed else None
@@ -75,9 +76,11 @@ def test_a_run_that_waits_for_a_silent_server_can_be_stopped(tmp_path, workers):
             assert time.monotonic() < deadline
             seen = len(metrics.read_text().splitlines()) if metrics.exists() else -1
             time.sleep(2)
+        state = tmp_path / "run" / "checkpoints" / f"step-{seen:08d}" / "state.json"
+        written = state.stat().st_mtime_ns
         server.failure = lambda path: None  # for the picture at the end; what hangs goes on hanging
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=30)
         assert process.returncode == 143, errors
         assert f"after step {seen}" in output
-        assert (tmp_path / "run" / "checkpoints" / f"step-{seen:08d}").is_dir()
+        assert state.stat().st_mtime_ns == written  # not removed and written again

@@ -69,7 +69,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, capsys):
     for folder, message in (
         ("nowhere", "no such file or folder"),
         ("mixed", "1.npy has 3 channels, others have 2"),
-        ("broken", "a.png cannot be decoded"),
+        ("broken", "a.png cannot be decoded: is in no image format that Pillow knows"),
     ):
         assert main([str(tmp_path / folder)]) == 2
         error = capsys.readouterr().err
