@@ -32,6 +32,7 @@ from yaml import YAMLError
 
 from fcmae.errors import ConfigError, UserError
 
+RECIPE = "recipe"
 Schema = TypeVar("Schema")
 
 
@@ -74,6 +75,7 @@ def run(composed: DictConfig, schema: type[Schema], body: Callable[[Schema], Non
         if HydraConfig.get().mode == RunMode.MULTIRUN and "run" in composed and "run.dir" in leaf_keys(schema):
             # Jobs of a sweep must not continue each other.
             composed.run.dir = f"{composed.run.dir}/{HydraConfig.get().job.num}"
+        check_effect(composed, list(HydraConfig.get().overrides.task))
         config = to_dataclass(composed, schema)
         config.validate()  # type: ignore[attr-defined]
         body(config)
@@ -90,7 +92,7 @@ def run(composed: DictConfig, schema: type[Schema], body: Callable[[Schema], Non
 
 def fail(error: BaseException) -> NoReturn:
     """Report an error as one line, after its traceback if run.debug=true was given, and exit with code 2."""
-    if any(argument.lstrip("+") in ("run.debug=true", "debug=true") for argument in sys.argv[1:]):
+    if any(argument.lstrip("+").lower() in ("run.debug=true", "debug=true") for argument in sys.argv[1:]):
         traceback.print_exc()
     print(f"error: {describe(error)}", file=sys.stderr)
     sys.exit(2)
@@ -119,11 +121,29 @@ def check_overrides(arguments: list[str], schema: type) -> None:
             raise ConfigError(
                 key, str(override.input_line).split("=", 1)[1], "must be the name of a file in conf/" + key
             )
+        if key == RECIPE and not override.is_delete() and "$" not in override.value():
+            _check_recipe(override.value(), arguments)
         if "/" in key or key in groups or key.split(".")[0] == "hydra" or override.is_delete():
             continue
         if key not in known and not any(name.startswith(key + ".") for name in known):
             value = str(override.input_line).split("=", 1)[1]
             raise unknown_key(key, value, known | groups)
+
+
+def _check_recipe(name: str, arguments: list[str]) -> None:
+    """Raise ConfigError for one that is not there, which Hydra would pass over, since experiments need not have one."""
+    files = {file.stem for folder in config_folders(arguments) for file in (folder / RECIPE).glob("*.yaml")}
+    if name.removesuffix(".yaml") not in files:
+        raise ConfigError(RECIPE, name, f"must be one of {', '.join(sorted(files))}")
+
+
+def check_effect(composed: DictConfig, given: list[str]) -> None:
+    """Raise ConfigError for an override that another setting makes meaningless."""
+    lr = OmegaConf.select(composed, "optim.lr")
+    for override in given:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == "optim.base_lr" and lr is not None:
+            raise ConfigError(key, value, f"has no effect while optim.lr={lr}; add optim.lr=null")
 
 
 def config_folders(arguments: list[str]) -> list[Path]:

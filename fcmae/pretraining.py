@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from fcmae.data.splits import open_faults, open_split, plan_batches
 from fcmae.errors import DataError
 from fcmae.model import FCMAE, create_model
 from fcmae.pictures import write_reconstructions
-from fcmae.runtime.distributed import Ranks, ranks
+from fcmae.runtime.distributed import Ranks, ranks, this_command
 from fcmae.runtime.loop import Result, Task, fit
 from fcmae.runtime.optim import build_optimizer, build_schedule
 from fcmae.runtime.progress import Display
@@ -100,6 +99,7 @@ class _Pretraining:
             if self.me.main:
                 self.finish(result, start)
         finally:
+            self.display.close()
             self.tracker.close()
         if result.stopped_by is not None:
             sys.exit(128 + result.stopped_by)
@@ -169,9 +169,8 @@ class _Pretraining:
         weights = self.folder.path / "encoder.safetensors"
         save_encoder(self.model.encoder, weights, self.config.model, step=result.step, total_steps=self.total)
         if result.stopped_by is not None:  # without a picture, for which its images may first have to be fetched
-            again = " ".join(["python -m fcmae.pretrain", *(shlex.quote(a) for a in sys.argv[1:])])
             say(f"\nStopped by {result.stopped_by.name} after step {result.step:,} of {self.total:,}; all is saved.")
-            say(f"Continue with:  {again}")
+            say(f"Continue with:  {this_command('fcmae.pretrain', self.me)}")
             return
         picture = self.draw(result.step)
         loss = self.folder.recent_loss()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from fcmae.data.reader import ShardReader
 from fcmae.data.splits import open_faults, open_split, plan_batches
 from fcmae.files import written_whole
 from fcmae.model import create_encoder
-from fcmae.runtime.distributed import Ranks, ranks
+from fcmae.runtime.distributed import Ranks, ranks, this_command
 from fcmae.runtime.loop import Result, Task, fit
 from fcmae.runtime.optim import build_optimizer, build_schedule
 from fcmae.runtime.progress import Display
@@ -136,6 +135,7 @@ class _Finetuning:
             result = fit(task, config.run, self.folder.path, me, self.tracker, self.display, start)
             self.finish(result, total)
         finally:
+            self.display.close()
             self.tracker.close()
         if result.stopped_by is not None:
             sys.exit(128 + result.stopped_by)
@@ -214,11 +214,10 @@ class _Finetuning:
         if not self.me.main:
             return
         if result.stopped_by is not None:
-            again = " ".join(["python -m finetune.train", *(shlex.quote(a) for a in sys.argv[1:])])
             self.display.say(
                 f"\nStopped by {result.stopped_by.name} after step {result.step:,} of {total:,}; everything is saved."
             )
-            self.display.say(f"Continue with:  {again}")
+            self.display.say(f"Continue with:  {this_command('finetune.train', self.me)}")
             return
         records = self.folder.records("evaluations")
         last = records[-1] if records else None

@@ -52,6 +52,8 @@ MISTAKES = [
     (["run.device=tpu"], "run.device=tpu: must be auto, cpu, cuda or cuda:N"),
     (["tracking.wandb=yes"], "tracking.wandb=yes: must be one of disabled, offline, online"),
     (["experiment=nope"], "Could not find 'experiment/nope'"),
+    (["recipe=pretrain_80"], "recipe=pretrain_80: must be one of finetune_demo, finetune_fashion_mnist, pretrain_1600"),
+    (["optim.base_lr=1e-9"], "optim.base_lr=1e-9: has no effect while optim.lr=0.0015; add optim.lr=null"),
 ]
 
 
@@ -71,7 +73,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = run_module("fcmae.pretrain", "optim.lr=-1", "run.debug=true", cwd=tmp_path)
+    done = run_module("fcmae.pretrain", "optim.lr=-1", "run.debug=True", cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1] == "error: optim.lr=-1.0: must be positive"

@@ -60,7 +60,8 @@ def save(
     final = checkpoint_folder(run, step)
     temporary = final.with_name(f".{final.name}.tmp")
     if ranks.main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in final.parent.glob(".step-*.tmp"):  # by processes that were killed while they saved
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
     ranks.barrier()
     with _quiet():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +46,17 @@ class Ranks:
     def barrier(self) -> None:
         if self.count > 1:
             dist.barrier()
+
+
+def this_command(module: str, ranks: Ranks) -> str:
+    """The command that was given, to be given again."""
+    words = ["python", "-m", module]
+    if ranks.count > 1:
+        local = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.count))
+        words = ["torchrun", "--nproc-per-node", local, "-m", module]
+        if int(local) < ranks.count:
+            words.insert(1, f"--nnodes {ranks.count // int(local)} …")  # and how they meet, which only its caller knows
+    return " ".join([*words, *(shlex.quote(argument) for argument in sys.argv[1:])])
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

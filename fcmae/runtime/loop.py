@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,7 +72,8 @@ class _Window:
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
-    bad: list[int] = field(default_factory=list)
+    bad: list[int] = field(default_factory=list)  # samples since the start, as of each step
+    bad_before: int = 0
     waited: float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
@@ -94,13 +96,14 @@ def fit(
     model: nn.Module = task.model
     if run.compile:
         compile_blocks(model)
-    if ranks.count > 1:
-        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(task.model, device_ids=ids)
     task.schedule.step_update(start)
     task.model.train()
     stop = _StopSignals()
     batches = task.batches(start)
+    if ranks.count > 1:
+        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        model = DistributedDataParallel(task.model, device_ids=ids)
+        batches = _settled(task, model, batches, run, ranks)
     window = _Window()
     step = start
     stopped_by = 0
@@ -108,7 +111,7 @@ def fit(
     def flush(step: int) -> None:
         nonlocal window
         _record(window, step, task, ranks, tracker, display, folder)
-        window = _Window()
+        window = _Window(bad_before=window.bad[-1] if window.bad else 0)
 
     saved = start
 
@@ -143,7 +146,7 @@ def fit(
                 flush(step)
             if stopped_by or step % run.checkpoint_every == 0 or step == stop_at:
                 save()
-            if stopped_by:
+            if stopped_by and step < stop_at:
                 break
             if task.after_step is not None:
                 before = time.perf_counter()
@@ -167,17 +170,16 @@ def _step(
 ) -> None:
     """Forward, backward and update over `accumulate` micro-batches."""
     total = torch.zeros((), device=ranks.device)
-    bad_before = task.bad_samples() if task.bad_samples is not None else 0
     for part in range(task.accumulate):
         before = time.perf_counter()
         with stop.waiting(alone=ranks.count == 1):
             loaded = next(batches)
-        batch = {name: value.to(ranks.device, non_blocking=True) for name, value in loaded.items()}
+        batch = _on_device(loaded, ranks)
         window.waited += time.perf_counter() - before
         last = part == task.accumulate - 1
         hold = nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
         with hold:
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            with _autocast(run, ranks):
                 loss = task.loss(model, batch) / task.accumulate
             loss.backward()
         total += loss.detach()
@@ -189,7 +191,31 @@ def _step(
     window.losses.append(total)
     window.norms.append(norm.detach())
     if task.bad_samples is not None:
-        window.bad.append(task.bad_samples() - bad_before)
+        window.bad.append(task.bad_samples())
+
+
+def _settled(
+    task: Task, model: DistributedDataParallel, batches: Iterator[Batch], run: RunConfig, ranks: Ranks
+) -> Iterator[Batch]:
+    """The batches, after a backward pass of the first that changes nothing.
+
+    Only after its first backward pass does DDP lay out its buckets for good, and sums of three and more ranks are
+    rounded by their place in them. So every start has that behind it, and a continued run sums as before.
+    """
+    first = next(batches)
+    with _autocast(run, ranks):
+        loss = task.loss(model, _on_device(first, ranks))
+    loss.backward()
+    task.optimizer.zero_grad(set_to_none=True)
+    return chain([first], batches)
+
+
+def _autocast(run: RunConfig, ranks: Ranks) -> torch.autocast:
+    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=run.precision == "bf16")
+
+
+def _on_device(batch: Batch, ranks: Ranks) -> Batch:
+    return {name: value.to(ranks.device, non_blocking=True) for name, value in batch.items()}
 
 
 def _record(
@@ -198,7 +224,8 @@ def _record(
     """Fetch the window's losses from the device, check them and write one record per step. Raises NonFiniteError."""
     losses = (ranks.sum(torch.stack(window.losses)) / ranks.count).tolist()
     norms = torch.stack(window.norms).tolist()
-    bad = ranks.sum(torch.tensor(window.bad, device=ranks.device)).tolist() if window.bad else []
+    bad = [after - before for before, after in pairwise([window.bad_before, *window.bad])]
+    bad = ranks.sum(torch.tensor(bad, device=ranks.device)).tolist() if bad else []
     seconds = time.perf_counter() - window.since
     speed = len(losses) * task.batch_size / max(seconds, 1e-9)
     first = step - len(losses) + 1

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from fcmae.errors import ConfigError, in_a_line
 from fcmae.files import written_whole
 from fcmae.settings import TrackingConfig
 
@@ -26,16 +27,20 @@ class Tracker:
         if config.wandb != "disabled":
             import wandb
 
-            self._wandb = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                name=config.name or folder.name,
-                mode=cast(Any, config.wandb),
-                dir=str(folder),
-                id=_run_id(folder),
-                resume="allow",
-                config=settings,
-            )
+            try:
+                self._wandb = wandb.init(
+                    project=config.project,
+                    entity=config.entity,
+                    name=config.name or folder.name,
+                    mode=cast(Any, config.wandb),
+                    dir=str(folder),
+                    id=_run_id(folder),
+                    resume="allow",
+                    config=settings,
+                )
+            except wandb.Error as error:
+                said = in_a_line(error).rstrip(".")
+                raise ConfigError("tracking.wandb", config.wandb, f"{said}; allowed: offline, disabled") from error
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record of a training step; `step` is its key."""

@@ -9,6 +9,7 @@ never read.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.sparse.encoder import Layout
@@ -21,7 +22,10 @@ class DenseLayout(Layout):
     """Features are full maps (B, H, W, C) with every position present; what the decoder runs on."""
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        # The detour over the flat weight gives its gradient plain strides, which DDP's buckets expect.
+        weight = conv.weight.flatten().view(conv.weight.shape)
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return y.permute(0, 2, 3, 1)
 
     def downsample(self, x: Tensor, norm: nn.LayerNorm, conv: nn.Conv2d) -> Tensor:
         return conv(layer_norm(x, norm).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 
 from fcmae.errors import CheckpointError, ConfigError
 from fcmae.runtime import checkpoint
-from fcmae.runtime.distributed import Ranks, choose_device
+from fcmae.runtime.distributed import Ranks, choose_device, this_command
 from fcmae.runtime.loop import NonFiniteError, Task, fit
 from fcmae.runtime.optim import build_optimizer, build_schedule
 from fcmae.runtime.progress import Display, duration
@@ -41,7 +43,16 @@ def data(step: int, size: int = 8) -> dict[str, torch.Tensor]:
 
 
 def train(
-    folder: Path, steps: int, *, stop: int | None = None, accumulate: int = 1, ema: bool = False, loss=None, **optim
+    folder: Path,
+    steps: int,
+    *,
+    stop: int | None = None,
+    accumulate: int = 1,
+    ema: bool = False,
+    loss=None,
+    after_step=None,
+    bad_samples=None,
+    **optim,
 ):
     """Train Net in `folder` for `steps` steps, going on from its newest checkpoint, and return model and average."""
     config = OptimConfig(
@@ -71,6 +82,8 @@ def train(
         total_steps=steps,
         clip_grad=config.clip_grad,
         ema=average,
+        after_step=after_step,
+        bad_samples=bad_samples,
     )
     folder.mkdir(exist_ok=True)
     tracker = Tracker(folder, TrackingConfig(), {}, start, True)
@@ -125,6 +138,9 @@ def test_accumulation_equals_the_whole_batch(tmp_path):
     parts, _ = train(tmp_path / "b", 6, loss=without_dropout, accumulate=4)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for a, b in zip(records(tmp_path / "a"), records(tmp_path / "b"), strict=True):  # to which AdamW is blind
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_metrics_hold_what_they_promise(tmp_path):
@@ -199,6 +215,52 @@ def test_devices():
         assert choose_device("auto").type == "cpu"
         with pytest.raises(ConfigError, match=r"run.device=cuda: no CUDA device is available"):
             choose_device("cuda")
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    train(tmp_path, 10, stop=4)
+    left = tmp_path / "checkpoints" / ".step-00000002.tmp"
+    left.mkdir()
+    train(tmp_path, 10)
+    assert not left.exists()
+
+
+def test_bad_samples_are_those_of_the_step(tmp_path):
+    counter = iter((1, 1, 4, 4, 5, 9, 9, 9, 9, 10))
+    train(tmp_path, 10, bad_samples=lambda: next(counter))
+    assert [record["bad_samples"] for record in records(tmp_path)] == [1, 0, 3, 0, 1, 4, 0, 0, 0, 1]
+
+
+def test_a_signal_in_the_last_step_does_not_skip_what_follows_it(tmp_path):
+    def loss(model, batch):
+        if len(seen) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(1)
+        return (model(batch["x"]) - batch["y"]).square().mean()
+
+    seen, after = [], []
+    train(tmp_path, 10, loss=loss, after_step=after.append)
+    assert after == list(range(1, 11))
+
+
+def test_the_command_to_continue(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "run.dir=my runs"])
+    assert this_command("a.b", ALONE) == "python -m a.b 'run.dir=my runs'"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    two, four = (Ranks(0, count, torch.device("cpu")) for count in (2, 4))
+    assert this_command("a.b", two) == "torchrun --nproc-per-node 2 -m a.b 'run.dir=my runs'"
+    assert this_command("a.b", four) == "torchrun --nnodes 2 … --nproc-per-node 2 -m a.b 'run.dir=my runs'"
+
+
+def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**_):
+        raise wandb.errors.UsageError("No API key configured. Use wandb login to log in.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ConfigError, match=r"^tracking.wandb=online: No API key configured\. Use wandb login"):
+        Tracker(tmp_path, TrackingConfig(wandb="online"), {}, 0, True)
 
 
 def test_durations():
