@@ -22,7 +22,7 @@ from torch import Tensor
 from fcmae import __version__
 from fcmae.errors import CheckpointError
 from fcmae.files import written_whole
-from fcmae.recorded import header_model, recorded_settings
+from fcmae.recorded import header_settings, recorded_settings
 from fcmae.runtime.checkpoint import find_checkpoint, load_tensors
 from fcmae.settings import ModelConfig
 
@@ -36,12 +36,15 @@ class EncoderWeights:
     model: dict[str, Any]  # settings of the model they are of; empty for a bare weight file
 
 
-def save_encoder(encoder: ConvNeXt, path: Path, config: ModelConfig, **provenance: Any) -> None:
-    """Write an encoder's weights, whole or not at all."""
+def save_encoder(
+    encoder: ConvNeXt, path: Path, config: ModelConfig, mean: list[float], std: list[float], **provenance: Any
+) -> None:
+    """Write an encoder's weights, whole or not at all, with the normalisation of the pixels they were trained on."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     header = {
         "format": "pt",
         "model": json.dumps(asdict(config)),
+        "data": json.dumps({"mean": mean, "std": std}),
         "provenance": json.dumps({"program": f"fcmae {__version__}", "method": "FCMAE pretraining", **provenance}),
     }
     with written_whole(path) as temporary:
@@ -94,7 +97,7 @@ def _read_file(path: Path) -> EncoderWeights:
             with safe_open(path, framework="pt") as handle:
                 header = handle.metadata() or {}
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118, not a mapping
-            return EncoderWeights(tensors, path, header_model(header))
+            return EncoderWeights(tensors, path, header_settings(header, "model"))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise CheckpointError(f"checkpoint={path}: is not a file of plain tensors and is not unpickled") from error

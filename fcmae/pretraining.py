@@ -167,7 +167,8 @@ class _Pretraining:
         """Write the encoder and say what was reached, where it is and how to go on."""
         say = self.display.say
         weights = self.folder.path / "encoder.safetensors"
-        save_encoder(self.model.encoder, weights, self.config.model, step=result.step, total_steps=self.total)
+        progress = {"step": result.step, "total_steps": self.total}
+        save_encoder(self.model.encoder, weights, self.config.model, self.mean, self.std, **progress)
         if result.stopped_by is not None:  # without a picture, for which its images may first have to be fetched
             say(f"\nStopped by {result.stopped_by.name} after step {result.step:,} of {self.total:,}; all is saved.")
             say(f"Continue with:  {this_command('fcmae.pretrain', self.me)}")

@@ -13,7 +13,7 @@ from fcmae.errors import CheckpointError
 
 
 def recorded_settings(path: str | Path) -> dict[str, Any]:
-    """The options of the run behind `path`; a weight file knows those of the model only, a foreign one none.
+    """The options of the run behind `path`; a weight file knows its model and normalisation, a foreign one nothing.
 
     Raises:
         CheckpointError: if there is nothing at `path`.
@@ -37,13 +37,13 @@ def _header(path: Path) -> dict[str, Any]:
             header = handle.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint={path}: cannot be read as weights: {error}") from error
-    return {"model": header_model(header)}
+    return {section: header_settings(header, section) for section in ("model", "data")}
 
 
-def header_model(header: dict[str, str]) -> dict[str, Any]:
-    """The model settings in the header of a weight file; empty for a foreign file, whatever its header holds."""
+def header_settings(header: dict[str, str], section: str) -> dict[str, Any]:
+    """A section of settings in the header of a weight file; empty for a foreign file, whatever its header holds."""
     try:
-        model = json.loads(header.get("model", "{}"))
+        settings = json.loads(header.get(section, "{}"))
     except ValueError:
         return {}
-    return model if isinstance(model, dict) else {}
+    return settings if isinstance(settings, dict) else {}

@@ -186,10 +186,16 @@ class _Finetuning:
     def save_classifier(self, name: str, model: nn.Module, record: dict[str, Any] | None) -> None:
         """Write a classifier under timm's names; its header holds settings, class names and the measured accuracy."""
         path = self.folder.path / f"{name}.safetensors"
-        provenance = {"program": f"fcmae {__version__}", "checkpoint": self.config.checkpoint, "evaluation": record}
+        provenance = {
+            "program": f"fcmae {__version__}",
+            "checkpoint": self.config.checkpoint,
+            "weights": "model" if model is self.model else "average",
+            "evaluation": record,
+        }
         header = {
             "format": "pt",
             "model": json.dumps(dataclasses.asdict(self.config.model)),
+            "data": json.dumps({"mean": self.mean, "std": self.std}),
             "classes": json.dumps(self.train_index.classes),
             "provenance": json.dumps(provenance),
         }

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from fcmae.convert import save_encoder
 from fcmae.data.index import ShardIndex, read_index
 from fcmae.errors import ConfigError, DataError
-from fcmae.settings import DataConfig, PretrainConfig
+from fcmae.model import create_encoder
+from fcmae.settings import DataConfig, ModelConfig, PretrainConfig
 from finetune.settings import FinetuneConfig
 
 
@@ -65,6 +67,14 @@ def test_finetuning_reads_as_the_run_did(tmp_path):
     config.data.train = "mine"
     config._inherit()
     assert (config.data.read, config.data.cache_dir) == ("auto", None)
+
+
+def test_weight_files_know_their_normalisation(tmp_path):
+    file = tmp_path / "encoder.safetensors"
+    save_encoder(create_encoder("mini", num_classes=0), file, ModelConfig(), [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], step=1)
+    config = FinetuneConfig(checkpoint=str(file))
+    config._inherit()
+    assert config.data.statistics(3) == ([0.1, 0.2, 0.3], [1.0, 2.0, 3.0])
 
 
 @contextmanager

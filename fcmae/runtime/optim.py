@@ -12,14 +12,17 @@ from fcmae.settings import OptimConfig
 
 def build_optimizer(model: nn.Module, config: OptimConfig, layer_decay: float | None = None) -> torch.optim.Optimizer:
     """AdamW; no norm, bias, GRN or mask-token parameter decays (all are one-dimensional or named by the model)."""
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model,
         opt="adamw",
         lr=config.absolute_lr,
-        weight_decay=config.weight_decay,
+        weight_decay=1.0,  # of 0, timm would make other groups, with which no run that had a decay could be continued
         betas=tuple(config.betas),
         layer_decay=layer_decay,
     )
+    for group in optimizer.param_groups:
+        group["weight_decay"] *= config.weight_decay
+    return optimizer
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int) -> CosineLRScheduler:

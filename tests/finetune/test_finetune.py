@@ -23,7 +23,9 @@ from fcmae.data.decode import open_picture
 from fcmae.data.loader import normalise
 from fcmae.errors import CheckpointError
 from fcmae.model import create_encoder
+from fcmae.pretraining import build_model
 from fcmae.runtime.distributed import Ranks
+from fcmae.settings import ModelConfig
 from finetune.augment import AugmentedView, BatchAugment
 from finetune.evaluate import evaluate
 from finetune.settings import AugmentConfig
@@ -162,6 +164,12 @@ class TestLoadEncoder:
         assert weights.model["image_size"] == 24
         for name, value in weights.tensors.items():
             assert torch.equal(classifier.state_dict()[name], value)
+        sparse = build_model(ModelConfig(**weights.model))
+        sparse.encoder.load_state_dict(weights.tensors)
+        images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+        tiles = sparse.encode(images, torch.arange(9).expand(2, -1))  # (B, V, 1, 1, C), patches in rows
+        expected = classifier.forward_features(images).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tiles.flatten(1, 3), expected, rtol=1e-4, atol=1e-5)
 
     def test_run_checkpoint_and_file_hold_the_same(self, pretrained):
         run = read_encoder(pretrained)

@@ -217,6 +217,17 @@ def test_devices():
             choose_device("cuda")
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.05), (0.05, 0.0)])
+def test_another_weight_decay_takes_effect_on_resume(tmp_path, before, after):
+    train(tmp_path, 10, stop=4, weight_decay=before)
+    resumed, _ = train(tmp_path, 10, weight_decay=after)
+    kept, _ = train(tmp_path / "same", 10, weight_decay=before)
+    assert any(not torch.equal(a, b) for a, b in zip(resumed.parameters(), kept.parameters(), strict=True))
+    for decay in (before, after):
+        groups = build_optimizer(Net(), OptimConfig(weight_decay=decay)).param_groups
+        assert sorted(group["weight_decay"] for group in groups) == [0.0, decay]
+
+
 def test_what_a_killed_save_left_is_removed(tmp_path):
     train(tmp_path, 10, stop=4)
     left = tmp_path / "checkpoints" / ".step-00000002.tmp"
