@@ -122,10 +122,11 @@ class _Pretraining:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(normalise(batch["image"], self.mean, self.std), batch["visible"]).loss
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> bool:
         every = self.config.run.picture_every
         if self.me.main and every and step % every == 0 and step < self.stop_at:
             self.draw(step)
+        return False  # others have not waited
 
     def draw(self, step: int) -> Path | None:
         """Write the reconstructions after `step`; None if an image for them cannot be used, which ends no run."""

@@ -109,9 +109,11 @@ class _Finetuning:
         faults = open_faults(config.data, self.display)
         every = config.eval.every_epochs * plan.steps_per_epoch
 
-        def after_step(step: int) -> None:
-            if step % every == 0 or step == stop_at:
+        def after_step(step: int) -> bool:
+            due = step % every == 0 or step == stop_at
+            if due:
                 self.measure(step, plan.steps_per_epoch)
+            return due
 
         task = Task(
             model=self.model,

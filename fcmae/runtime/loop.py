@@ -45,9 +45,10 @@ class Task:
     """What an application trains.
 
     batches: start step -> this rank's micro-batches from there to `total_steps`, in order.
-    loss: (model, batch on the device) -> scalar mean loss of the micro-batch. after_step: called with the step just
-    done, after its update. ema: an object with `update(model, step=)` and a state dict, or None. bad_samples: how many
-    samples of the batches fetched so far could not be used, where that is counted.
+    loss: (model, batch on the device) -> scalar mean loss of the micro-batch.
+    ema: an object with `update(model, step=)` and a state dict, or None.
+    after_step: called with the step just done, after its update; says whether that took all ranks a while.
+    bad_samples: how many samples of the batches fetched so far could not be used, where that is counted.
     """
 
     model: nn.Module
@@ -61,7 +62,7 @@ class Task:
     total_steps: int
     clip_grad: float | None = None
     ema: Any = None
-    after_step: Callable[[int], None] | None = None
+    after_step: Callable[[int], bool] | None = None
     bad_samples: Callable[[], int] | None = None
 
 
@@ -150,9 +151,15 @@ def fit(
                 break
             if task.after_step is not None:
                 before = time.perf_counter()
-                task.after_step(step)
+                long = task.after_step(step)
                 window.since += time.perf_counter() - before
                 task.model.train()
+                stopped_by = ranks.max(stop.received) if long else 0
+                if stopped_by and step < stop_at:
+                    if window.losses:
+                        flush(step)
+                    save()
+                    break
     finally:
         stop.restore()
         display.close()

@@ -250,8 +250,19 @@ def test_a_signal_in_the_last_step_does_not_skip_what_follows_it(tmp_path):
         return (model(batch["x"]) - batch["y"]).square().mean()
 
     seen, after = [], []
-    train(tmp_path, 10, loss=loss, after_step=after.append)
+    train(tmp_path, 10, loss=loss, after_step=lambda step: after.append(step) or True)
     assert after == list(range(1, 11))
+
+
+def test_a_signal_in_an_evaluation_is_followed_by_no_further_step(tmp_path):
+    def evaluate(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    train(tmp_path, 10, after_step=evaluate)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5]  # 4 and 5 after the last look
+    assert checkpoint.find_checkpoint(tmp_path).name == "step-00000005"
 
 
 def test_the_command_to_continue(monkeypatch):
