@@ -94,76 +94,101 @@ def fit(
     stop_at = min(task.total_steps, run.max_steps or task.total_steps)
     if start >= stop_at:
         return Result(start, None)
-    model: nn.Module = task.model
-    if run.compile:
-        compile_blocks(model)
-    task.schedule.step_update(start)
-    task.model.train()
     stop = _StopSignals()
-    batches = task.batches(start)
-    if ranks.count > 1:
-        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(task.model, device_ids=ids)
-        batches = _settled(task, model, batches, run, ranks)
-    window = _Window()
-    step = start
-    stopped_by = 0
-
-    def flush(step: int) -> None:
-        nonlocal window
-        _record(window, step, task, ranks, tracker, display, folder)
-        window = _Window(bad_before=window.bad[-1] if window.bad else 0)
-
-    saved = start
-
-    def save() -> None:
-        nonlocal saved
-        if step == saved:  # to write it again would first remove it
-            return
-        saved = step
-        checkpoint.save(folder, step, task.model, task.optimizer, task.ema, ranks, run.keep_checkpoints)
-
     try:
-        while step < stop_at:
-            _seed_step(run.seed, step, ranks.rank)
-            try:
-                _step(task, model, batches, run, ranks, window, stop)
-            except _StoppedWaiting:  # for data that may never come; the step has not changed anything yet
-                stopped_by = stop.received
-                task.optimizer.zero_grad(set_to_none=True)
-                if window.losses:
-                    flush(step)
-                save()
-                break
-            step += 1
-            task.schedule.step_update(step)
-            if task.ema is not None:
-                task.ema.update(task.model, step=step)
-            look = len(window.losses) == run.log_every or step == stop_at or step % run.checkpoint_every == 0
-            # Alone, stop at once; with others only where all ranks look, so that they stop together and say the same.
-            if ranks.count == 1 or look:
-                stopped_by = ranks.max(stop.received)
-            if look or stopped_by:
-                flush(step)
-            if stopped_by or step % run.checkpoint_every == 0 or step == stop_at:
-                save()
-            if stopped_by and step < stop_at:
-                break
-            if task.after_step is not None:
-                before = time.perf_counter()
-                long = task.after_step(step)
-                window.since += time.perf_counter() - before
-                task.model.train()
-                stopped_by = ranks.max(stop.received) if long else 0
-                if stopped_by and step < stop_at:
-                    if window.losses:
-                        flush(step)
-                    save()
-                    break
+        loop = _Loop(task, run, folder, ranks, tracker, display, stop, start, stop_at)
+        while loop.step < stop_at:
+            stopped_by = loop.advance()
+            if stopped_by and loop.step < stop_at:
+                return Result(loop.step, signal.Signals(stopped_by))
+        return Result(loop.step, None)
     finally:
         stop.restore()
         display.close()
-    return Result(step, signal.Signals(stopped_by) if stopped_by and step < stop_at else None)
+
+
+class _Loop:
+    """A run between its steps: `step` are done, `saved` is the step of the newest checkpoint."""
+
+    def __init__(
+        self,
+        task: Task,
+        run: RunConfig,
+        folder: Path,
+        ranks: Ranks,
+        tracker: Tracker,
+        display: Display,
+        stop: _StopSignals,
+        start: int,
+        stop_at: int,
+    ) -> None:
+        self.task, self.run, self.folder, self.ranks = task, run, folder, ranks
+        self.tracker, self.display, self.stop = tracker, display, stop
+        self.step = self.saved = start
+        self.stop_at = stop_at
+        self.window = _Window()
+        task.schedule.step_update(start)
+        task.model.train()
+        self.model: nn.Module = task.model
+        self.batches = task.batches(start)
+        if run.compile:
+            compile_blocks(task.model)
+        if ranks.count > 1:
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            self.model = DistributedDataParallel(task.model, device_ids=ids)
+            self.batches = _settled(task, self.model, self.batches, run, ranks)
+
+    def advance(self) -> int:
+        """Do the next step and what is due after it; the signal that asks to stop, or 0. The same on every rank."""
+        task, run, ranks = self.task, self.run, self.ranks
+        _seed_step(run.seed, self.step, ranks.rank)
+        try:
+            _step(task, self.model, self.batches, run, ranks, self.window, self.stop)
+        except _StoppedWaiting:  # for data that may never come; the step has not changed anything yet
+            task.optimizer.zero_grad(set_to_none=True)
+            self.save()
+            return self.stop.received
+        self.step += 1
+        task.schedule.step_update(self.step)
+        if task.ema is not None:
+            task.ema.update(task.model, step=self.step)
+        save = self.step % run.checkpoint_every == 0 or self.step == self.stop_at
+        look = save or len(self.window.losses) == run.log_every
+        # Alone, stop at once; with others only where all ranks look, so that they stop together and say the same.
+        stopped_by = ranks.max(self.stop.received) if ranks.count == 1 or look else 0
+        if look:
+            self.look()
+        if save or stopped_by:
+            self.save()
+        return stopped_by if stopped_by and self.step < self.stop_at else self.follow_up()
+
+    def follow_up(self) -> int:
+        """What the application does after a step; the signal that asks to stop, or 0."""
+        if self.task.after_step is None:
+            return 0
+        before = time.perf_counter()
+        long = self.task.after_step(self.step)
+        self.window.since += time.perf_counter() - before
+        self.task.model.train()
+        stopped_by = self.ranks.max(self.stop.received) if long else 0
+        if stopped_by:
+            self.save()
+        return stopped_by
+
+    def look(self) -> None:
+        """Fetch losses from the device and record the steps since the last look. Raises NonFiniteError."""
+        if self.window.losses:
+            _record(self.window, self.step, self.task, self.ranks, self.tracker, self.display, self.folder)
+            self.window = _Window(bad_before=self.window.bad[-1] if self.window.bad else 0)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, after the records that belong to it."""
+        self.look()
+        if self.step == self.saved:  # to write it again would first remove it
+            return
+        task, run = self.task, self.run
+        checkpoint.save(self.folder, self.step, task.model, task.optimizer, task.ema, self.ranks, run.keep_checkpoints)
+        self.saved = self.step
 
 
 def _step(
