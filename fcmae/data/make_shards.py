@@ -150,11 +150,10 @@ def make(options: argparse.Namespace, console: Console, folders: list[Path]) -> 
         if folder not in begun:
             raise DataError(f"{folder}: already holds shards; choose another OUT or remove it first")
     how = PackOptions(options.samples_per_shard, options.shard_bytes, options.verify, options.max_side, options.quality)
-    indices, broken, damaged = [], [], []
+    indices = []
     for split, folder in zip(splits, folders, strict=True):
         packed = show(split, folder, _prefix(folder, options.out), how, options.jobs, console)
         left_out = [*split.left_out, *(line for part in packed for line in part.left_out)]
-        wrong = [line for part in packed for line in part.damaged]
         shards = [part.shard for part in packed if part.shard.sizes]
         if not shards:
             (folder / JOURNAL).unlink()
@@ -168,17 +167,15 @@ def make(options: argparse.Namespace, console: Console, folders: list[Path]) -> 
             },
             "synsets": split.listed,
             "left_out": left_out,
-            "damaged": wrong,
+            "damaged": [line for part in packed for line in part.damaged],
         }
         indices.append(index_of(folder, shards, split.classes, provenance))
-        broken.append(left_out)
-        damaged.append(wrong)
     for index in indices:
         index.save()
     for folder in folders:
         (folder / JOURNAL).unlink()
-    for found in zip(splits, indices, broken, damaged, strict=True):
-        report(*found, console)
+    for split, index in zip(splits, indices, strict=True):
+        report(split, index, console)
 
 
 def show(split: Split, folder: Path, prefix: str, how: PackOptions, jobs: int, console: Console) -> list[Packed]:
@@ -204,8 +201,9 @@ def show(split: Split, folder: Path, prefix: str, how: PackOptions, jobs: int, c
         return pack(split, folder, prefix, how, jobs, progress)
 
 
-def report(split: Split, index: ShardIndex, left_out: list[str], damaged: list[str], console: Console) -> None:
+def report(split: Split, index: ShardIndex, console: Console) -> None:
     """What was written, and what was left out or is damaged, by name."""
+    left_out, damaged = index.provenance["left_out"], index.provenance["damaged"]
     for what, lines in (("left out", left_out), ("damaged", damaged)):
         for line in lines[:NAMED]:
             console.print(f"{what}: {line}", markup=False)
